@@ -4,8 +4,9 @@ Importing the package registers its configurations and models with transformers'
 `image-to-image` pipeline task back; everything else loads when its name is first used.
 """
 
+import sys
 from importlib import import_module
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 
 __version__ = "0.1.0"
@@ -21,8 +22,18 @@ _EXPORTS: dict[str, str] = {
     # ToE
     # KDFS
     # Pix2Pix
+    "Pix2PixConfig": "pix2pix.configuration_pix2pix",
+    "Pix2PixModel": "pix2pix.modeling_pix2pix",
+    "Pix2PixDiscriminator": "pix2pix.modeling_pix2pix",
+    "ImageToImageOutput": "pix2pix.modeling_pix2pix",
+    "Pix2PixImageProcessor": "pix2pix.image_processing_pix2pix",
+    "ImageToImagePipeline": "pix2pix.pipeline_pix2pix",
     # the whole house
+    "push_checkpoint": "hub",
 }
+
+# folders whose import registers Auto classes or brings a pipeline task back
+_REGISTERING: tuple[str, ...] = ("dynamic_llava", "pix2pix")
 
 __all__ = ["__version__", *sorted(_EXPORTS)]
 
@@ -37,3 +48,14 @@ def __getattr__(name: str) -> object:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
+
+
+def register() -> None:
+    """Register our configurations, models and pipelines with transformers; done once when the package is imported."""
+    for folder in _REGISTERING:
+        import_module(f".{folder}", __name__)
+
+
+# The command answers `--help` without loading torch and registers when it runs something.
+if Path(sys.argv[0] if sys.argv else "").stem != "hf-efficient":
+    register()

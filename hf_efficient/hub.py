@@ -3,6 +3,7 @@
 The card of a checkpoint is rendered from the `results.json` beside it, whose fields `hf_efficient.results` lists.
 """
 
+import argparse
 import json
 import os
 import re
@@ -13,7 +14,7 @@ from typing import Any
 from huggingface_hub import CommitOperationAdd, EvalResult, HfApi, ModelCardData
 from transformers.utils import logging
 
-from .results import RESULTS_NAME, check_results, read_results, run_meta
+from .results import RESULTS_NAME, check_results, read_results, run_meta, write_whole
 
 
 logger = logging.get_logger(__name__)
@@ -50,7 +51,7 @@ def write_results(folder: str | os.PathLike, results: dict[str, Any]) -> Path:
     check_results(results)
     text = json.dumps(results, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     _check_pictures(Path(folder), results)
-    _write_whole(Path(folder) / RESULTS_NAME, text)
+    write_whole(Path(folder) / RESULTS_NAME, text)
     return write_card(folder)
 
 
@@ -100,7 +101,7 @@ def write_card(folder: str | os.PathLike) -> Path:
     results = read_results(folder)
     _check_pictures(Path(folder), results)
     card = Path(folder) / CARD_NAME
-    _write_whole(card, render_card(results))
+    write_whole(card, render_card(results))
     return card
 
 
@@ -224,15 +225,6 @@ def _check_pictures(folder: Path, results: dict[str, Any]) -> None:
     for name in files:
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{RESULTS_NAME} names the picture {name!r}, which is not in {folder}.")
-
-
-def _write_whole(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8", newline="\n")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 # ---------------------------------------------------------------------------------------------------------- pushing
@@ -410,3 +402,36 @@ def _unmeasured(folder: Path, repo_id: str) -> dict[str, Any]:
         "limits": ["Nothing was measured for this checkpoint; its licence and data are not stated."],
         "meta": run_meta("push_checkpoint"),
     }
+
+
+class Push:
+    """Push a checkpoint folder to the Hub: config, safetensors, shipped code, processor, card and pictures.
+
+    The card is rendered from results.json where the folder has one. Pickles, training state and hidden files stay
+    at home. Log in first with `hf auth login`, or set HF_TOKEN.
+
+    Examples:
+      hf-efficient push ./sparse-llava user/sparse-llava
+      hf-efficient push model_cards/dynamic-llava-scenes user/dynamic-llava-scenes --private --revision v1
+    """
+
+    @staticmethod
+    def add_arguments(parser: argparse.ArgumentParser) -> None:
+        """Add the arguments of `push` to `parser`."""
+        parser.add_argument("folder", help="checkpoint folder")
+        parser.add_argument("repo_id", help="repository, user/name; created where it does not exist")
+        parser.add_argument("--private", action="store_true", default=None, help="make a new repository private")
+        parser.add_argument("--revision", help="branch to push to; created where it does not exist (default: main)")
+        parser.add_argument("--message", help="commit message")
+
+    @staticmethod
+    def run(arguments: argparse.Namespace) -> dict[str, Any]:
+        """Push and say where the commit is."""
+        url = push_checkpoint(
+            arguments.folder,
+            arguments.repo_id,
+            private=arguments.private,
+            revision=arguments.revision,
+            commit_message=arguments.message,
+        )
+        return {"url": url, "text": f"Pushed: {url}"}

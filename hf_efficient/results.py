@@ -272,3 +272,19 @@ def read_results(folder: str | os.PathLike) -> dict[str, Any]:
         raise ValueError(f"{path} is not valid JSON: {error}.") from error
     check_results(results)
     return results
+
+
+def write_whole(path: str | os.PathLike, text: str) -> None:
+    """Write a text file so that it appears whole or not at all.
+
+    Args:
+        path (`str` or `os.PathLike`): Where to; a file there is replaced.
+        text (`str`): Its contents, stored as UTF-8.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8", newline="\n")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,142 @@
+"""The `hf-efficient` command.
+
+A subcommand is a class in the module of its part, named once in `_COMMANDS` and loaded only when it is called. Its
+docstring is the text of `--help`, examples included. It has two static methods: `add_arguments(parser)`, and
+`run(arguments) -> dict`, whose result `--json` writes and whose `"text"` the terminal shows. `run` raises `ValueError`,
+`OSError` or `ImportError` with one clear sentence where the user can mend something; `main` turns that into exit code 2.
+Every subcommand has `--json FILE` and `--quiet`.
+"""
+
+import argparse
+import inspect
+import json
+import os
+import sys
+from importlib import import_module
+from pathlib import Path
+from typing import Any, NoReturn
+
+
+# subcommand -> (module below this package, class in it, one line for `hf-efficient --help`)
+_COMMANDS: dict[str, tuple[str, str, str]] = {
+    "quickstart": ("quickstart", "Quickstart", "run every method once on real, embedded data"),
+    "convert-llava": (
+        "dynamic_llava.commands_dynamic_llava",
+        "ConvertLlava",
+        "give a LLaVA checkpoint the predictors of Dynamic-LLaVA",
+    ),
+    "convert-dynamic-llava": (
+        "dynamic_llava.commands_dynamic_llava",
+        "ConvertDynamicLlava",
+        "convert a checkpoint of the Dynamic-LLaVA authors",
+    ),
+    "push": ("hub", "Push", "push a checkpoint folder with its card to the Hub"),
+}
+
+_EPILOG = """\
+examples:
+  hf-efficient quickstart
+  hf-efficient convert-llava llava-hf/llava-1.5-7b-hf ./sparse-llava
+  hf-efficient push ./sparse-llava user/sparse-llava --private
+
+`hf-efficient COMMAND --help` shows the options of a command. Exit code 2 means wrong input, with one sentence that
+says what to change; set HF_EFFICIENT_TRACEBACK=1 to see the traceback as well.
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    """An `ArgumentParser` that complains in one sentence."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command.
+
+    Args:
+        argv (`list[str]`, *optional*): Arguments; default: those of the process.
+
+    Returns:
+        `int`: Exit code: 0, 2 on wrong input, 130 when interrupted. `--help` and wrong options end by `SystemExit`.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    chosen = argv[0] if argv and argv[0] in _COMMANDS else None
+    try:
+        command = _load(chosen) if chosen else None
+        arguments = _build_parser(chosen, command).parse_args(argv)
+        _set_up_output(arguments)
+        _import_package().register()
+        report = command.run(arguments)
+        _write_report(report, arguments)
+    except KeyboardInterrupt:
+        sys.stderr.write("hf-efficient: interrupted\n")
+        return 130
+    except (ValueError, OSError, ImportError) as error:
+        if os.environ.get("HF_EFFICIENT_TRACEBACK"):
+            raise
+        sentence = " ".join(str(error).split()) or type(error).__name__
+        sys.stderr.write(f"hf-efficient{' ' + chosen if chosen else ''}: error: {sentence}\n")
+        return 2
+    return 0
+
+
+def _import_package() -> Any:
+    return import_module(__package__)
+
+
+def _load(name: str) -> Any:
+    module, attribute, _ = _COMMANDS[name]
+    return getattr(import_module(f".{module}", __package__), attribute)
+
+
+def _build_parser(chosen: str | None, command: Any) -> argparse.ArgumentParser:
+    """Build the parser: all subcommands by name, only the chosen one with its arguments."""
+    raw = argparse.RawDescriptionHelpFormatter
+    description = _import_package().__doc__.split("\n")[0]
+    parser = _Parser(prog="hf-efficient", description=description, epilog=_EPILOG, formatter_class=raw)
+    parser.add_argument("--version", action="version", version=f"hf-efficient {_import_package().__version__}")
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands", required=True)
+    for name, (_, _, summary) in _COMMANDS.items():
+        if name != chosen:
+            subparsers.add_parser(name, help=summary, add_help=False)
+            continue
+        words = inspect.cleandoc(command.__doc__)
+        subparser = subparsers.add_parser(name, help=summary, description=words, formatter_class=raw)
+        command.add_arguments(subparser)
+        subparser.add_argument(
+            "--json", metavar="FILE", help="also write the result as JSON ('-' for standard output)"
+        )
+        subparser.add_argument("--quiet", action="store_true", help="no progress bars, no messages but errors")
+    return parser
+
+
+def _set_up_output(arguments: argparse.Namespace) -> None:
+    if arguments.json and arguments.json != "-" and not Path(arguments.json).absolute().parent.is_dir():
+        raise FileNotFoundError(f"--json {arguments.json}: the folder does not exist; create it first.")
+    if not arguments.quiet:
+        return
+    from huggingface_hub.utils import disable_progress_bars
+    from transformers.utils import logging
+
+    disable_progress_bars()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+
+
+def _write_report(report: dict[str, Any], arguments: argparse.Namespace) -> None:
+    text = report.pop("text", "")
+    document = json.dumps(report, indent=2, ensure_ascii=False) + "\n"
+    if arguments.json == "-":
+        sys.stdout.write(document)
+        return
+    if arguments.json:
+        from .results import write_whole
+
+        write_whole(Path(arguments.json), document)
+    if text and not arguments.quiet:
+        sys.stdout.write(text.rstrip("\n") + "\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
