@@ -2,9 +2,9 @@
 
 A subcommand is a class in the module of its part, named once in `_COMMANDS` and loaded only when it is called. Its
 docstring is the text of `--help`, examples included. It has two static methods: `add_arguments(parser)`, and
-`run(arguments) -> dict`, whose result `--json` writes and whose `"text"` the terminal shows. `run` raises `ValueError`,
-`OSError` or `ImportError` with one clear sentence where the user can mend something; `main` turns that into exit code 2.
-Every subcommand has `--json FILE` and `--quiet`.
+`run(arguments) -> dict`, whose result `--json` writes and whose `"text"` the terminal shows. `run` raises
+`ValueError`, `OSError` or `ImportError` with one clear sentence where the user can mend something; `main` turns that
+into exit code 2. Every subcommand has `--json FILE` and `--quiet`.
 """
 
 import argparse
