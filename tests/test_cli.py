@@ -1,0 +1,204 @@
+"""The `hf-efficient` command: help, exit codes, sentences instead of tracebacks, JSON and quiet output."""
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from hf_efficient import cli, hub, quickstart
+
+
+@pytest.fixture
+def toy(monkeypatch):
+    """A subcommand `toy MODE` that does what MODE says."""
+
+    class Toy:
+        """Do a toy thing.
+
+        Examples:
+          hf-efficient toy fine
+        """
+
+        @staticmethod
+        def add_arguments(parser: argparse.ArgumentParser) -> None:
+            parser.add_argument("mode")
+
+        @staticmethod
+        def run(arguments: argparse.Namespace) -> dict:
+            errors = {
+                "value": ValueError("rate must be in (0, 1],\n   got 2: choose a smaller one."),
+                "file": FileNotFoundError("x.png does not exist."),
+                "import": ImportError("timm is missing; pip install timm."),
+                "stop": KeyboardInterrupt(),
+                "bug": RuntimeError("a bug"),
+            }
+            if arguments.mode in errors:
+                raise errors[arguments.mode]
+            return {"answer": 42, "text": "The answer is 42."}
+
+    monkeypatch.setitem(cli._COMMANDS, "toy", ("cli", "Toy", "a toy"))
+    monkeypatch.setattr(cli, "Toy", Toy, raising=False)
+
+
+def test_help_names_every_command_with_examples(capsys):
+    with pytest.raises(SystemExit) as end:
+        cli.main(["--help"])
+    assert end.value.code == 0
+    text = capsys.readouterr().out
+    for name in cli._COMMANDS:
+        assert re.search(rf"^    {name}\b", text, re.M), name
+    assert "examples:\n  hf-efficient quickstart" in text
+
+
+@pytest.mark.parametrize("name", sorted(cli._COMMANDS))
+def test_help_of_a_command_has_an_example_that_parses(name, capsys):
+    with pytest.raises(SystemExit) as end:
+        cli.main([name, "--help"])
+    assert end.value.code == 0
+    text = capsys.readouterr().out
+    examples = re.findall(rf"^\s+hf-efficient {name}(.*)$", text, re.M)
+    assert examples
+    assert "--json FILE" in text
+    assert "--quiet" in text
+    parser = cli._build_parser(name, cli._load(name))
+    for example in examples:
+        assert parser.parse_args([name, *example.split()]).command == name
+
+
+def test_result_goes_to_the_terminal_and_into_the_file(toy, capsys, tmp_path):
+    assert cli.main(["toy", "fine"]) == 0
+    assert capsys.readouterr().out == "The answer is 42.\n"
+    assert cli.main(["toy", "fine", "--quiet", "--json", str(tmp_path / "out.json")]) == 0
+    assert capsys.readouterr().out == ""
+    assert json.loads((tmp_path / "out.json").read_text()) == {"answer": 42}
+    assert cli.main(["toy", "fine", "--json", "-"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"answer": 42}
+
+
+@pytest.mark.parametrize(
+    ("mode", "sentence"),
+    [
+        ("value", "hf-efficient toy: error: rate must be in (0, 1], got 2: choose a smaller one.\n"),
+        ("file", "hf-efficient toy: error: x.png does not exist.\n"),
+        ("import", "hf-efficient toy: error: timm is missing; pip install timm.\n"),
+    ],
+)
+def test_a_mistake_is_one_sentence_and_exit_code_2(toy, capsys, mode, sentence, monkeypatch):
+    monkeypatch.delenv("HF_EFFICIENT_TRACEBACK", raising=False)
+    assert cli.main(["toy", mode]) == 2
+    captured = capsys.readouterr()
+    assert captured.err == sentence
+    assert captured.out == ""
+
+
+def test_traceback_on_request(toy, monkeypatch):
+    monkeypatch.setenv("HF_EFFICIENT_TRACEBACK", "1")
+    with pytest.raises(ValueError, match="rate must be"):
+        cli.main(["toy", "value"])
+
+
+def test_a_bug_keeps_its_traceback_and_an_interrupt_ends_quietly(toy, capsys):
+    with pytest.raises(RuntimeError, match="a bug"):
+        cli.main(["toy", "bug"])
+    assert cli.main(["toy", "stop"]) == 130
+    assert capsys.readouterr().err == "hf-efficient: interrupted\n"
+
+
+@pytest.mark.parametrize("argv", [[], ["nonsense"], ["toy"], ["toy", "fine", "--frobnicate"], ["--json"]])
+def test_wrong_arguments_end_with_2_in_one_line(toy, capsys, argv):
+    with pytest.raises(SystemExit) as end:
+        cli.main(argv)
+    assert end.value.code == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_json_into_a_missing_folder_is_refused_before_the_work(toy, capsys, tmp_path):
+    assert cli.main(["toy", "bug", "--json", str(tmp_path / "no" / "out.json")]) == 2
+    assert "the folder does not exist" in capsys.readouterr().err
+
+
+def test_installed_command_runs():
+    command = Path(sys.executable).with_name("hf-efficient")
+    done = subprocess.run([command, "push", "/does/not/exist", "me/x"], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert done.stderr.endswith("is not a folder; push_checkpoint needs a checkpoint folder or a model.\n")
+    assert "Traceback" not in done.stderr
+
+
+def test_push_hands_its_options_on(monkeypatch, tmp_path, capsys):
+    seen = {}
+
+    def push(folder, repo_id, **options):
+        seen.update(options, folder=folder, repo_id=repo_id)
+        return "https://huggingface.co/me/x/commit/1"
+
+    monkeypatch.setattr(hub, "push_checkpoint", push)
+    assert cli.main(["push", str(tmp_path), "me/x", "--private", "--revision", "v1", "--message", "First"]) == 0
+    assert seen == {
+        "folder": str(tmp_path),
+        "repo_id": "me/x",
+        "private": True,
+        "revision": "v1",
+        "commit_message": "First",
+    }
+    assert capsys.readouterr().out == "Pushed: https://huggingface.co/me/x/commit/1\n"
+
+
+def test_push_offline_is_one_sentence(tmp_path, capsys):
+    (tmp_path / "config.json").write_text("{}")
+    save_file({"w": torch.ones(1)}, tmp_path / "model.safetensors")
+    assert cli.main(["push", str(tmp_path), "me/x"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("hf-efficient push: error: ")
+    assert "offline" in error
+    assert len(error.splitlines()) == 1
+
+
+def test_quickstart_from_a_wheel_says_to_clone(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(quickstart, "__file__", str(tmp_path / "site-packages" / "hf_efficient" / "quickstart.py"))
+    assert cli.main(["quickstart", "--output", str(tmp_path / "out")]) == 2
+    assert "clone the repository" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_quickstart_puts_the_parts_into_one_table(monkeypatch, tmp_path, capsys):
+    part = {
+        "table": {"title": "two items", "columns": ["item", "n"], "rows": [["a", 1], ["b\x1b[31m", 20]]},
+        "summary": [["tokens", 64, 12], ["answer", "yes", "no"]],
+        "pictures": [{"file": "a.png", "caption": "A picture"}],
+        "notes": ["A note."],
+    }
+    given = {}
+
+    def run(checkpoints, output):
+        given.update(checkpoints=checkpoints, output=output)
+        return part
+
+    monkeypatch.setattr(quickstart, "_PARTS", {"Toy": "toy"})
+    monkeypatch.setattr(quickstart, "import_module", lambda name, package: SimpleNamespace(run=run))
+    out = tmp_path / "new" / "out"
+    assert cli.main(["quickstart", "--output", str(out), "--json", str(tmp_path / "q.json")]) == 0
+    text = capsys.readouterr().out
+    assert given["output"] == out
+    assert out.is_dir()
+    assert given["checkpoints"].name == "model_cards"
+    assert "Toy     tokens   64       12    0.19\n" in text
+    assert "Toy     answer   yes      no\n" in text
+    assert "\x1b" not in text
+    assert f"{out / 'a.png'}: A picture" in text
+    report = json.loads((tmp_path / "q.json").read_text())
+    assert report["parts"]["Toy"]["summary"] == part["summary"]
+    assert set(report["meta"]) >= {"command", "commit", "cpu", "threads", "date", "versions"}
+
+
+def test_table_is_set_in_columns():
+    table = quickstart.format_table(["name", "value"], [["a", 1.23456], ["bcd", 12_345]])
+    assert table == "name   value\n----  ------\na      1.235\nbcd   12,345"
+    assert quickstart.format_table(["x"], []) == "x\n-"
