@@ -1,0 +1,170 @@
+"""One image, lists, columns, generators, URLs and batches of unequal sizes; one broken file stops nothing."""
+
+import base64
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+
+import datasets
+import numpy as np
+import pytest
+import torch
+import transformers
+from PIL import Image
+from transformers import pipeline
+from transformers.pipelines.pt_utils import KeyDataset
+
+from hf_efficient import ImageToImagePipeline, Pix2PixImageProcessor
+from hf_efficient.pix2pix import ImageToImageError
+
+
+@pytest.fixture
+def pipe(tiny_model):
+    return pipeline("image-to-image", model=tiny_model, device="cpu")
+
+
+@pytest.fixture
+def expected(pipe, picture_folder):
+    """Answers of the bare model to each picture of the folder, one at a time."""
+    processor, answers = Pix2PixImageProcessor.for_model(pipe.model.config), []
+    for path in sorted(picture_folder.iterdir()):
+        image = Image.open(path)
+        with torch.no_grad():
+            output = pipe.model(**processor(image, return_tensors="pt"))
+        answers.append(processor.post_process_image_to_image(output, [(image.height, image.width)])[0])
+    return answers
+
+
+def same(answers, expected):
+    answers = list(answers)
+    assert [answer.size for answer in answers] == [image.size for image in expected]
+    for answer, image in zip(answers, expected):  # batched convolutions may round differently: one grey value
+        assert np.abs(np.asarray(answer, int) - np.asarray(image, int)).max() <= 1
+    return True
+
+
+def test_the_task_is_back_and_a_model_instance_needs_no_processor(pipe):
+    assert type(pipe) is ImageToImagePipeline
+    assert "image-to-image" in transformers.pipelines.get_supported_tasks()
+    assert pipe.image_processor.size_divisor == 8
+    with pytest.raises(KeyError, match="removed"):  # the other removed tasks stay removed
+        pipeline("summarization", model=pipe.model)
+
+
+def test_every_way_to_name_one_image(pipe, picture_folder, expected):
+    path = sorted(picture_folder.iterdir())[1]
+    data = path.read_bytes()
+    encoded = base64.b64encode(data).decode()
+    array = np.asarray(Image.open(path))
+    kinds = [str(path), path, Image.open(path), array, torch.from_numpy(array.copy()), data, encoded]
+    kinds += [f"data:image/png;base64,{encoded}", {"bytes": data, "path": None}, {"bytes": None, "path": str(path)}]
+    kinds += [array.transpose(2, 0, 1), array / 255]
+    for kind in kinds:
+        answer = pipe(kind)
+        assert isinstance(answer, Image.Image)
+        same([answer], expected[1:2])
+
+
+def test_every_mode_of_image_comes_back_in_its_size(pipe, picture):
+    image = picture(11, 18)
+    for mode in ("RGB", "RGBA", "L", "LA", "P", "1", "CMYK", "I;16", "F", "HSV"):
+        converted = Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 257) if mode == "I;16" else None
+        answer = pipe(converted or image.convert(mode))
+        assert (answer.size, answer.mode) == (image.size, "RGB"), mode
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3])
+def test_lists_columns_and_streams_of_unequal_sizes(pipe, picture_folder, expected, batch_size):
+    paths = [str(path) for path in sorted(picture_folder.iterdir())]
+    table = datasets.Dataset.from_dict({"image": paths}).cast_column("image", datasets.Image())
+    for collection in (paths, tuple(paths), table["image"], [Image.open(path) for path in paths]):
+        answers = pipe(collection, batch_size=batch_size)
+        assert isinstance(answers, list)
+        same(answers, expected)
+    streams = [(path for path in paths), iter(paths), KeyDataset(table, "image"), (row["image"] for row in table)]
+    for stream in streams:
+        answers = pipe(stream, batch_size=batch_size)
+        assert not isinstance(answers, list)
+        same(answers, expected)
+    raw = table.cast_column("image", datasets.Image(decode=False))
+    same(pipe(raw["image"], batch_size=batch_size), expected)
+    assert pipe([]) == []
+
+
+def test_a_stream_is_read_one_batch_at_a_time(pipe, picture):
+    read = []
+
+    def images():
+        for index in range(100):
+            read.append(index)
+            yield picture(8, 8)
+
+    next(pipe(images(), batch_size=2))
+    assert len(read) <= 6
+
+
+def test_arrays_of_four_axes_are_batches(pipe, picture):
+    images = [np.asarray(picture(8, 8)), np.asarray(picture(8, 8))[::-1]]
+    same(pipe(np.stack(images)), [pipe(image.copy()) for image in images])
+
+
+def test_urls(pipe, picture_folder, expected):
+    handler = partial(SimpleHTTPRequestHandler, directory=str(picture_folder))
+    handler.log_message = lambda *_: None
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        address = f"http://127.0.0.1:{server.server_port}"
+        same(pipe([f"{address}/{index}.png" for index in range(3)], timeout=10), expected)
+        with pytest.raises(ImageToImageError, match="404"):
+            pipe(f"{address}/missing.png")
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_a_broken_file_does_not_stop_the_batch(pipe, picture_folder, expected, batch_size):
+    paths = [str(path) for path in sorted(picture_folder.iterdir())]
+    text = picture_folder / "notes.png"
+    text.write_text("no image")
+    cut = picture_folder / "cut.png"
+    cut.write_bytes((picture_folder / "0.png").read_bytes()[:100])
+    inputs = [paths[0], str(text), paths[1], "nowhere.png", str(cut), None, paths[2]]
+    with pytest.raises(ImageToImageError) as caught:
+        pipe(inputs, batch_size=batch_size)
+    error = caught.value
+    assert sorted(error.failures) == [1, 3, 4, 5]
+    for name in ("notes.png", "nowhere.png", "cut.png", "NoneType"):
+        assert name in str(error)
+    assert [result is None for result in error.results] == [False, True, False, True, True, True, False]
+    same([result for result in error.results if result is not None], expected)
+    with pytest.raises(ImageToImageError, match=r"notes\.png"):
+        pipe(str(text))
+
+
+def test_a_broken_file_in_a_stream_is_named_at_its_end(pipe, picture_folder, expected):
+    paths = [str(path) for path in sorted(picture_folder.iterdir())]
+    stream, seen = pipe(path for path in [paths[0], "nowhere.png", *paths[1:]]), []
+    with pytest.raises(ImageToImageError, match=r"item 1: nowhere\.png") as caught:
+        seen.extend(stream)
+    assert seen[1] is None
+    same([answer for answer in seen if answer is not None], expected)
+    assert list(caught.value.failures) == [1]
+
+
+def test_a_wrong_call_is_named(pipe, picture):
+    table = datasets.Dataset.from_dict({"photo": ["a.png"]})
+    with pytest.raises(TypeError, match=r"\['photo'\], as in pipe\(table\['photo'\]\)"):
+        pipe(table)
+    with pytest.raises(TypeError, match="`strength`"):
+        pipe(picture(), strength=3)
+
+
+def test_large_images_use_the_device_and_dtype_of_the_model(tiny_model, picture):
+    reference = pipeline("image-to-image", model=tiny_model, device="cpu")(picture(24, 40))
+    half = pipeline("image-to-image", model=tiny_model.to(torch.bfloat16), device="cpu")
+    answer = half(picture(24, 40))
+    difference = np.abs(np.asarray(answer, int) - np.asarray(reference, int))
+    assert answer.size == reference.size
+    assert difference.mean() < 4
