@@ -28,6 +28,7 @@ _EXPORTS: dict[str, str] = {
     "ImageToImageOutput": "pix2pix.modeling_pix2pix",
     "Pix2PixImageProcessor": "pix2pix.image_processing_pix2pix",
     "ImageToImagePipeline": "pix2pix.pipeline_pix2pix",
+    "convert_pix2pix_checkpoint": "pix2pix.convert_pix2pix",
     # the whole house
     "push_checkpoint": "hub",
 }
