@@ -1,0 +1,163 @@
+"""Cut the masked network down to what the masks keep, and write the smaller network's weights back."""
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from .configuration_kdfs_pruned import KDFSPrunedConfig
+from .masking_kdfs import KDFSMaskedModel
+from .modeling_kdfs_pruned import KDFSPrunedModelForImageClassification
+from .structure_kdfs import Layer
+
+
+def host_network(model: nn.Module) -> nn.Module:
+    """The network of transformers or timm inside a pruned one, or the model itself.
+
+    Args:
+        model (`nn.Module`): Any image classifier.
+
+    Returns:
+        `nn.Module`: Structure, masks and widths are named relative to it.
+    """
+    config = getattr(model, "config", None)
+    return model.network if getattr(config, "model_type", None) == KDFSPrunedConfig.model_type else model
+
+
+@torch.no_grad()
+def _kept(masked: KDFSMaskedModel) -> Tensor:
+    masks = masked.frozen_masks
+    return torch.cat([masks.new_ones(1), masks]) > 0  # (slots,)
+
+
+def _indices(layer: Layer, kept: Tensor) -> tuple[Tensor, Tensor]:
+    inputs = torch.as_tensor(layer.inputs, device=kept.device)
+    outputs = torch.as_tensor(layer.outputs, device=kept.device)
+    return kept[inputs].nonzero().flatten(), kept[outputs].nonzero().flatten()
+
+
+def _views(module: nn.Module, layer: Layer, inputs: Tensor, outputs: Tensor) -> dict[str, tuple[Tensor, ...]]:
+    """For every tensor of the module the indices that stay, one per leading axis."""
+    if layer.kind in ("conv", "linear"):
+        views = {"weight": (outputs, inputs), "bias": (outputs,)}
+    elif layer.kind == "depthwise":
+        views = {"weight": (outputs,), "bias": (outputs,)}
+    else:
+        views = dict.fromkeys(("weight", "bias", "running_mean", "running_var"), (outputs,))
+    return {name: view for name, view in views.items() if getattr(module, name, None) is not None}
+
+
+def _take(tensor: Tensor, view: tuple[Tensor, ...]) -> Tensor:
+    for axis, index in enumerate(view):
+        tensor = tensor.index_select(axis, index)
+    return tensor
+
+
+def _compose(old: Tensor | None, channels: int, outputs: Tensor) -> Tensor:
+    """Where every channel of the full width comes from after keeping `outputs`; `len(outputs)` means zeros."""
+    place = torch.full((channels + 1,), len(outputs), dtype=torch.int64, device=outputs.device)
+    place[outputs] = torch.arange(len(outputs), device=outputs.device)
+    return place[:channels] if old is None else place[old.to(outputs.device)]
+
+
+def _pruned_config(masked: KDFSMaskedModel, model: PreTrainedModel) -> KDFSPrunedConfig:
+    kept = _kept(masked)
+    network = masked.network
+    again = getattr(model.config, "model_type", None) == KDFSPrunedConfig.model_type
+    widths: dict[str, Any] = dict(model.config.widths) if again else {}
+    scattered: dict[str, int] = dict(model.config.scattered) if again else {}
+    for name, layer in masked.structure.layers.items():
+        inputs, outputs = _indices(layer, kept)
+        if len(inputs) < len(layer.inputs) or len(outputs) < len(layer.outputs):
+            widths[name] = [len(inputs), len(outputs)]
+            if layer.scattered:
+                old = getattr(network.get_submodule(name), "filter_index", None)
+                scattered[name] = len(layer.outputs) if old is None else len(old)
+    base_config = copy.deepcopy(model.config.base_config if again else model.config)
+    config = KDFSPrunedConfig(
+        base_config=base_config,
+        widths=widths,
+        scattered=scattered,
+        input_shape=list(masked.structure.input_shape),
+        id2label=dict(model.config.id2label),
+        label2id=dict(model.config.label2id or {}),
+    )
+    for name in ("pretrained_cfg", "image_processor_type"):  # what timm's image processor reads from config.json
+        if getattr(base_config, name, None) is not None:
+            setattr(config, name, getattr(base_config, name))
+    if base_config.model_type == "timm_wrapper" and getattr(config, "pretrained_cfg", None) is not None:
+        config.image_processor_type = "TimmWrapperImageProcessor"
+    config.auto_map = {
+        "AutoConfig": "configuration_kdfs_pruned.KDFSPrunedConfig",
+        "AutoModel": "modeling_kdfs_pruned.KDFSPrunedModel",
+        "AutoModelForImageClassification": "modeling_kdfs_pruned.KDFSPrunedModelForImageClassification",
+    }
+    return config
+
+
+@torch.no_grad()
+def slice_network(masked: KDFSMaskedModel, model: PreTrainedModel) -> KDFSPrunedModelForImageClassification:
+    """Build the smaller network that computes what the masked one computes.
+
+    Args:
+        masked ([`KDFSMaskedModel`]): With frozen masks.
+        model (`PreTrainedModel`): The model before masking; gives configuration and labels.
+
+    Returns:
+        [`KDFSPrunedModelForImageClassification`]: On the same device, in evaluation mode.
+
+    Raises:
+        ValueError: If the masks are not frozen.
+    """
+    if not masked.masks_frozen:
+        raise ValueError("`masked` must have frozen masks, but they still change; call `freeze_masks()` first.")
+    config = _pruned_config(masked, model)
+    pruned = KDFSPrunedModelForImageClassification(config)
+    kept = _kept(masked)
+    source = masked.network
+    state = {name: value for name, value in source.state_dict().items() if not name.endswith("filter_index")}
+    for name, layer in masked.structure.layers.items():
+        module = source.get_submodule(name)
+        inputs, outputs = _indices(layer, kept)
+        for key, view in _views(module, layer, inputs, outputs).items():
+            state[f"{name}.{key}"] = _take(getattr(module, key), view)
+    for name in config.scattered:
+        old = getattr(source.get_submodule(name), "filter_index", None)
+        layer = masked.structure.layers[name]
+        if layer.scattered:
+            state[f"{name}.filter_index"] = _compose(old, len(layer.outputs), _indices(layer, kept)[1])
+        else:
+            state[f"{name}.filter_index"] = old
+    pruned.to(kept.device)
+    pruned.network.load_state_dict(state)
+    return pruned.to(next(source.parameters()).dtype).eval()
+
+
+@torch.no_grad()
+def write_back(masked: KDFSMaskedModel, pruned: KDFSPrunedModelForImageClassification) -> None:
+    """Copy the smaller network's weights into the kept places of the masked one.
+
+    What stands in the dropped places changes no output.
+
+    Args:
+        masked ([`KDFSMaskedModel`]): The network `pruned` was sliced from.
+        pruned ([`KDFSPrunedModelForImageClassification`]): The smaller network, trained further.
+    """
+    kept = _kept(masked)
+    target = masked.network.state_dict()
+    sliced = set()
+    for name, layer in masked.structure.layers.items():
+        module = pruned.network.get_submodule(name)
+        inputs, outputs = _indices(layer, kept)
+        for key, view in _views(module, layer, inputs, outputs).items():
+            full, small = target[f"{name}.{key}"], getattr(module, key).to(kept.device)
+            if len(view) == 2:
+                full[view[0][:, None], view[1][None, :]] = small.to(full.dtype)
+            else:
+                full[view[0]] = small.to(full.dtype)
+            sliced.add(f"{name}.{key}")
+    for key, value in pruned.network.state_dict().items():
+        if key not in sliced and not key.endswith("filter_index"):
+            target[key].copy_(value.to(target[key].device))
