@@ -19,7 +19,15 @@ _EXPORTS: dict[str, str] = {
     "DynamicLlavaForConditionalGeneration": "dynamic_llava.modeling_dynamic_llava",
     "SparseCache": "dynamic_llava.cache_dynamic_llava",
     "SparsityRecord": "dynamic_llava.cache_dynamic_llava",
+    "DynamicLlavaCallback": "dynamic_llava.callback_dynamic_llava",
+    "DynamicLlavaTrainer": "dynamic_llava.trainer_dynamic_llava",
+    "DynamicLlavaTrainingArguments": "dynamic_llava.trainer_dynamic_llava",
     # ToE
+    "ToEConfig": "toe.configuration_toe",
+    "ToECallback": "toe.callback_toe",
+    "TokenExpansion": "toe.expansion_toe",
+    "token_expansion": "toe.attachment_toe",
+    "restore_tokens": "toe.expansion_toe",
     # KDFS
     # Pix2Pix
     "Pix2PixConfig": "pix2pix.configuration_pix2pix",

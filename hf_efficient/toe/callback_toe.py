@@ -1,0 +1,208 @@
+"""ToE for transformers' Trainer: `Trainer(..., callbacks=[ToECallback()])` and nothing else."""
+
+import time
+from typing import Any
+
+from torch import nn
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from .attachment_toe import ToEAttachment, detach, reset_compiler
+from .configuration_toe import ToEConfig
+from .expansion_toe import TokenExpansion
+
+
+class ToECallback(TrainerCallback):
+    """Train a vision transformer on tokens that grow in stages; the trained model is a plain one.
+
+    The stage follows the trainer's global progress, so a resumed run lands in the right one. Training logs get
+    `toe_stage`, `toe_kept_tokens` (patch tokens per image) and `toe_tokens_per_second` (patch tokens handed on by all
+    processes, over the time of the training steps). The hook acts on the first forward of each training batch;
+    evaluation and prediction see all tokens.
+
+    Args:
+        config (`ToEConfig`, *optional*): The schedule.
+        **overrides: Fields of `ToEConfig` that replace those of `config` or of the default.
+
+    Raises:
+        ValueError: If a value breaks its rule; model and trainer are checked when training starts.
+    """
+
+    expansion_class: type[TokenExpansion] = TokenExpansion
+
+    def __init__(self, config: ToEConfig | None = None, **overrides: Any) -> None:
+        if config is not None and not isinstance(config, ToEConfig):
+            raise ValueError(f"`config` must be a `ToEConfig`, got {config!r}; name single fields instead.")
+        self.config = ToEConfig(**((config.to_dict() if config is not None else {}) | overrides))
+        self._attachment: ToEAttachment | None = None
+        self._tokens = 0
+        self._seconds = 0.0
+        self._step_start = 0.0
+
+    @classmethod
+    def install(cls, trainer: Trainer, config: ToEConfig | None = None, **overrides: Any) -> "ToECallback":
+        """Put the callback in front of all others, so that experiment trackers see its values as well.
+
+        Args:
+            trainer (`Trainer`): A trainer; if it has a `ToECallback` already, that one moves to the front.
+            config (`ToEConfig`, *optional*): Schedule of a new callback.
+            **overrides: Fields of `ToEConfig`.
+
+        Returns:
+            `ToECallback`: The callback in front.
+
+        Raises:
+            ValueError: If the trainer has one already and a schedule is given as well.
+        """
+        callback = trainer.pop_callback(cls)
+        if callback is not None and (config is not None or overrides):
+            trainer.add_callback(callback)
+            raise ValueError(
+                "`config` must be left out when the trainer has a ToECallback already, which only moves to the front; "
+                "remove that one first to change the schedule."
+            )
+        callback = callback or cls(config, **overrides)
+        trainer.callback_handler.callbacks.insert(0, callback)
+        return callback
+
+    @staticmethod
+    def detach(model: nn.Module) -> int:
+        """Remove the hook that a training left which ended by an exception.
+
+        Args:
+            model (`nn.Module`): The model, wrapped or not.
+
+        Returns:
+            `int`: Number of hooks removed.
+        """
+        removed = detach(model)
+        if removed:
+            reset_compiler()
+        return removed
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
+    ) -> None:
+        """Check schedule and model against each other and hook in.
+
+        Args:
+            args (`TrainingArguments`): Of the trainer.
+            state (`TrainerState`): Of the trainer.
+            control (`TrainerControl`): Of the trainer.
+            model (`nn.Module`): The model to train.
+            **kwargs: Unused.
+
+        Raises:
+            ValueError: If a stage would start outside the training, or the model is refused.
+        """
+        self.detach(model)
+        last, epochs = self.config.stage_starts[-1], state.num_train_epochs
+        if self.config.counts_epochs and last >= epochs:
+            raise ValueError(
+                f"`stage_starts` must lie inside the training of {epochs} epochs, got {self.config.stage_starts}; "
+                "shorten them, or use shares of the training such as (0.0, 0.33, 0.67)."
+            )
+        self._attachment = ToEAttachment(model, self.expansion_class(self.config)).attach()
+        reset_compiler()
+        self._tokens, self._seconds = 0, 0.0
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Arm the hook for one forward, in the stage that the global progress is in.
+
+        Args:
+            args (`TrainingArguments`): Of the trainer.
+            state (`TrainerState`): Of the trainer.
+            control (`TrainerControl`): Of the trainer.
+            **kwargs: Unused.
+        """
+        self._step_start = time.perf_counter()
+        if self._attachment is not None:
+            done = (state.epoch or 0.0) if self.config.counts_epochs else state.global_step / max(state.max_steps, 1)
+            self._attachment.arm(self.config.stage_at(done))
+
+    def on_substep_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Arm again for the next batch of an accumulated step.
+
+        Args:
+            args (`TrainingArguments`): Of the trainer.
+            state (`TrainerState`): Of the trainer.
+            control (`TrainerControl`): Of the trainer.
+            **kwargs: Unused.
+        """
+        self._count(args)
+        self.on_step_begin(args, state, control)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Disarm before anything else may call the model.
+
+        Args:
+            args (`TrainingArguments`): Of the trainer.
+            state (`TrainerState`): Of the trainer.
+            control (`TrainerControl`): Of the trainer.
+            **kwargs: Unused.
+        """
+        self._count(args)
+        if self._attachment is not None:
+            self._attachment.armed = False
+
+    def _count(self, args: TrainingArguments) -> None:
+        self._seconds += time.perf_counter() - self._step_start
+        shape = self._attachment.last_shape if self._attachment is not None else None
+        if shape is not None:
+            self._tokens += shape[0] * self._kept_patches(shape[2]) * args.world_size
+
+    def _kept_patches(self, rows: int) -> int:
+        site = self._attachment.site
+        return rows - site.num_prefix_tokens - site.num_suffix_tokens
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Add stage, kept tokens and tokens per second to the logs of training steps.
+
+        Args:
+            args (`TrainingArguments`): Of the trainer.
+            state (`TrainerState`): Of the trainer.
+            control (`TrainerControl`): Of the trainer.
+            logs (`dict`, *optional*): What is logged; extended in place.
+            **kwargs: Unused.
+        """
+        attachment = self._attachment
+        if logs is None or "loss" not in logs or attachment is None or attachment.last_shape is None:
+            return
+        values = {
+            "toe_stage": attachment.stage,
+            "toe_kept_tokens": self._kept_patches(attachment.last_shape[2]),
+            "toe_tokens_per_second": round(self._tokens / max(self._seconds, 1e-9), 1),
+        }
+        self._tokens, self._seconds = 0, 0.0
+        logs.update(values)
+        if state.log_history:  # the trainer has put a copy of the logs there
+            state.log_history[-1].update(values)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
+    ) -> None:
+        """Leave the model as it came.
+
+        Args:
+            args (`TrainingArguments`): Of the trainer.
+            state (`TrainerState`): Of the trainer.
+            control (`TrainerControl`): Of the trainer.
+            model (`nn.Module`): The trained model.
+            **kwargs: Unused.
+        """
+        if self._attachment is not None:
+            self._attachment.detach()
+            self._attachment = None
+            reset_compiler()
