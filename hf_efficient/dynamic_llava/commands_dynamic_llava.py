@@ -70,7 +70,7 @@ class ConvertLlava:
             "parameters": model.num_parameters(),
             "predictor_parameters": predictors,
             "processor": processor is not None,
-            "text": f"Wrote {dest}: {predictors:,} of its {model.num_parameters():,} parameters are untrained predictors.",
+            "text": f"Wrote {dest} with {predictors:,} untrained parameters in predictors.",
         }
 
 
