@@ -486,11 +486,12 @@ class DynamicLlavaForConditionalGeneration(
         num_items: int | torch.Tensor | None,
     ) -> None:
         """Add Eq. 9 to the loss, scaled as the `Trainer` scales the language loss."""
-        outputs.language_loss = outputs.loss.detach()
-        outputs.keep_rate_losses = {name: loss.detach() for name, loss in losses.items()}
         share = 1.0
         if num_items is not None:  # the language loss is a sum over `num_items` targets of all processes and steps
             share = (labels[:, 1:] != -100).sum() / torch.as_tensor(num_items, device=labels.device)
+        outputs.language_loss = outputs.loss.detach()
+        outputs.keep_rate_losses = {name: loss.detach() for name, loss in losses.items()}
+        self.last_sparsity.losses["language"] = outputs.language_loss / share  # mean over this batch's targets
         extra = self.config.mask_loss_weight * sum(losses.values()) * share
         # every trainable predictor parameter takes part in every step, or DDP waits for a gradient that never comes
         unused = [
