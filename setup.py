@@ -5,6 +5,7 @@ from pathlib import Path
 
 from setuptools import find_namespace_packages, setup
 
+
 ROOT = Path(__file__).parent
 VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "hf_efficient" / "__init__.py").read_text(), re.M)[1]
 
@@ -39,7 +40,7 @@ EXTRAS = {
 }
 EXTRAS["test"] = sorted(
     {requirement for name in EXTRAS for requirement in EXTRAS[name]}
-    | {"pytest>=8.0", "pytest-timeout", "coverage>=7.0", "ruff==0.15.0"}
+    | {"pytest>=8.0", "pytest-timeout", "coverage>=7.0", "pyyaml", "ruff==0.17.6"}
 )
 EXTRAS["dev"] = [*EXTRAS["test"], "pre-commit>=4.0"]
 
