@@ -37,6 +37,7 @@ _EXPORTS: dict[str, str] = {
     "Pix2PixImageProcessor": "pix2pix.image_processing_pix2pix",
     "ImageToImagePipeline": "pix2pix.pipeline_pix2pix",
     "convert_pix2pix_checkpoint": "pix2pix.convert_pix2pix",
+    "cartoonize": "pix2pix.cartoonize_pix2pix",
     # the whole house
     "push_checkpoint": "hub",
 }
