@@ -192,6 +192,12 @@ class KDFSMaskedModel(nn.Module):
         nn.init.zeros_(decoder.bias)
         return decoder
 
+    def drop_decoders(self) -> None:
+        """Train without the reconstruction loss."""
+        self.taps.remove()
+        self.taps = FeatureTaps(self.network, [])
+        self.decoders = nn.ModuleList()
+
     def set_noise(self, seed: int, step: int, temperature: float) -> None:
         """Choose the draw of the next forward passes.
 

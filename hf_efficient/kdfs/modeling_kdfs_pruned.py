@@ -132,7 +132,7 @@ def build_network(base_config: PreTrainedConfig) -> PreTrainedModel:
         base_config (`PreTrainedConfig`): Its configuration.
 
     Returns:
-        `PreTrainedModel`: An image classifier of transformers, timm's wrapper or [`CifarResNetForImageClassification`].
+        `PreTrainedModel`: An image classifier of transformers, of timm's wrapper or of the CIFAR ResNets.
     """
     if base_config.model_type == CifarResNetConfig.model_type:
         return CifarResNetForImageClassification(CifarResNetConfig.from_dict(base_config.to_dict()))

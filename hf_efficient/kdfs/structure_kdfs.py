@@ -22,66 +22,19 @@ from .tracing_kdfs import ModuleOutput, NetworkRecord, Operation, record_network
 
 CLEAN, DIRTY = 0, -1  # a positive state is 1 + number of the convolution whose unmasked output this is
 
-KEEPS_ZERO = frozenset(
-    [
-        "relu",
-        "relu_",
-        "relu6",
-        "silu",
-        "silu_",
-        "hardswish",
-        "hardswish_",
-        "gelu",
-        "gelu_",
-        "tanh",
-        "tanh_",
-        "leaky_relu",
-        "leaky_relu_",
-        "elu",
-        "elu_",
-        "celu",
-        "selu",
-        "mish",
-        "mish_",
-        "clone",
-        "alias",
-        "detach",
-        "_to_copy",
-        "contiguous",
-        "neg",
-        "abs",
-        "hardtanh",
-        "hardtanh_",
-        "hardshrink",
-        "softshrink",
-        "sin",
-        "erf",
-        "max_pool2d_with_indices",
-        "avg_pool2d",
-        "_adaptive_avg_pool2d",
-        "adaptive_max_pool2d",
-        "native_dropout",
-        "_prelu_kernel",
-        "upsample_nearest2d",
-        "upsample_bilinear2d",
-        "lift_fresh",
-    ]
-)
-MOVES_ZERO = frozenset(
-    [
-        "sigmoid",
-        "sigmoid_",
-        "hardsigmoid",
-        "hardsigmoid_",
-        "softplus",
-        "exp",
-        "log_sigmoid_forward",
-        "cos",
-        "rsub",
-        "rsqrt",
-        "reciprocal",
-    ]
-)
+# fmt: off
+KEEPS_ZERO = frozenset((
+    "relu", "relu_", "relu6", "silu", "silu_", "hardswish", "hardswish_", "gelu", "gelu_", "tanh", "tanh_",
+    "leaky_relu", "leaky_relu_", "elu", "elu_", "celu", "selu", "mish", "mish_", "clone", "alias", "detach",
+    "_to_copy", "contiguous", "neg", "abs", "hardtanh", "hardtanh_", "hardshrink", "softshrink", "sin", "erf",
+    "max_pool2d_with_indices", "avg_pool2d", "_adaptive_avg_pool2d", "adaptive_max_pool2d", "native_dropout",
+    "_prelu_kernel", "upsample_nearest2d", "upsample_bilinear2d", "lift_fresh",
+))
+MOVES_ZERO = frozenset((
+    "sigmoid", "sigmoid_", "hardsigmoid", "hardsigmoid_", "softplus", "exp", "log_sigmoid_forward", "cos", "rsub",
+    "rsqrt", "reciprocal",
+))
+# fmt: on
 ADDITIONS = frozenset(("add", "add_", "sub", "sub_"))
 PRODUCTS = frozenset(("mul", "mul_"))
 RESHAPES = frozenset(("view", "_unsafe_view", "reshape", "flatten", "squeeze", "unsqueeze", "_reshape_alias"))

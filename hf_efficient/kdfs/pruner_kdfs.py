@@ -1,0 +1,440 @@
+"""The pass: sample masks, freeze them at the target, slice, fine-tune the smaller network, save it."""
+
+import copy
+import json
+import math
+import os
+import shutil
+import statistics
+import time
+import uuid
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils import logging
+
+from .configuration_kdfs import KDFSConfig
+from .flops_kdfs import count_flops
+from .masking_kdfs import KDFSMaskedModel
+from .modeling_kdfs_pruned import KDFSPrunedModelForImageClassification
+from .slicing_kdfs import host_network, slice_network, write_back
+from .structure_kdfs import read_structure
+from .tracing_kdfs import example_input
+from .trainer_kdfs import DistillationTrainer, KDFSTrainer, check_teacher, first_image
+
+
+logger = logging.get_logger(__name__)
+
+REPORT_NAME = "kdfs_report.json"
+RUN_NAME = "kdfs_run.json"
+SAMPLED_NAME = "sampled.safetensors"
+
+
+def load_classifier(model: str | os.PathLike | PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+    """Load an image classifier, or hand an instance through.
+
+    Args:
+        model (`str`, `os.PathLike` or `PreTrainedModel`): Hub id, folder or instance.
+        kwargs (`Any`): As of `AutoModelForImageClassification.from_pretrained`.
+
+    Returns:
+        `PreTrainedModel`: The classifier.
+
+    Raises:
+        ValueError: If the checkpoint cannot be read.
+    """
+    if isinstance(model, nn.Module):
+        return model
+    try:
+        loaded, info = AutoModelForImageClassification.from_pretrained(model, output_loading_info=True, **kwargs)
+    except (SafetensorError, RuntimeError, EOFError) as error:
+        raise ValueError(
+            f"`model` must be a readable checkpoint, but the weights of {os.fspath(model)!r} are corrupt "
+            f"({str(error).splitlines()[0]}); download or save them again."
+        ) from error
+    if info["missing_keys"]:
+        raise ValueError(
+            f"`model` must be a complete checkpoint, but {os.fspath(model)!r} lacks {len(info['missing_keys'])} "
+            f"weights (such as {sorted(info['missing_keys'])[0]}); download or save it again."
+        )
+    return loaded
+
+
+def measure_latency(
+    models: dict[str, nn.Module], input_shape: tuple[int, ...], batch_size: int = 1, repeats: int = 15
+) -> dict[str, float]:
+    """Median seconds of a forward pass, the models taking turns so that a busy machine hits all alike.
+
+    Args:
+        models (`dict[str, nn.Module]`): Models by name.
+        input_shape (`tuple[int, ...]`): Channels, height, width.
+        batch_size (`int`, *optional*, defaults to 1): Images per pass.
+        repeats (`int`, *optional*, defaults to 15): Passes per model, after two to warm up.
+
+    Returns:
+        `dict[str, float]`: Seconds by name.
+    """
+    times: dict[str, list[float]] = {name: [] for name in models}
+    images = {name: example_input(model, input_shape).repeat(batch_size, 1, 1, 1) for name, model in models.items()}
+    modes = {module: module.training for model in models.values() for module in model.modules()}
+    for model in models.values():
+        model.eval()
+    with torch.no_grad():
+        for repeat in range(repeats + 2):
+            for name, model in models.items():
+                if images[name].is_cuda:
+                    torch.cuda.synchronize()
+                start = time.perf_counter()
+                model(images[name])
+                if images[name].is_cuda:
+                    torch.cuda.synchronize()
+                if repeat >= 2:
+                    times[name].append(time.perf_counter() - start)
+    for module, training in modes.items():
+        module.training = training
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+class KDFSPruner:
+    """Filter pruning as one pass, shaped like an Optimum quantizer.
+
+    Args:
+        model (`PreTrainedModel`): Image classifier to prune; it is left as it is.
+        teacher (`nn.Module`, *optional*): Default: the model itself.
+        processing_class (`Any`, *optional*): Image processor saved beside the pruned network.
+
+    Attributes:
+        masked_model ([`KDFSMaskedModel`]): After [`prune`], the masked network in evaluation mode.
+        pruned_model ([`KDFSPrunedModelForImageClassification`]): After [`prune`], the smaller network.
+        history (`list[dict]`): Logged losses of both phases.
+        report (`dict`): Filters per layer, multiply-adds, parameters, latency before and after.
+
+    Example:
+    ```python
+    pruner = KDFSPruner.from_pretrained("user/resnet")
+    pruner.prune("out", KDFSConfig(target_flops_reduction=0.55), train_dataset=train, eval_dataset=test)
+    ```
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, teacher: nn.Module | None = None, processing_class: Any | None = None
+    ) -> None:
+        if teacher is not None:
+            check_teacher(teacher, model)
+        self.model = model
+        self.teacher = teacher
+        self.processing_class = processing_class
+        self.masked_model: KDFSMaskedModel | None = None
+        self.pruned_model: KDFSPrunedModelForImageClassification | None = None
+        self.history: list[dict[str, Any]] = []
+        self.report: dict[str, Any] = {}
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str | os.PathLike | PreTrainedModel,
+        teacher: str | os.PathLike | nn.Module | None = None,
+        **kwargs: Any,
+    ) -> "KDFSPruner":
+        """Load the network to prune.
+
+        Args:
+            model (`str`, `os.PathLike` or `PreTrainedModel`): Hub id, folder or instance of an image classifier.
+            teacher (`str`, `os.PathLike` or `nn.Module`, *optional*): Default: the model itself.
+            kwargs (`Any`): As of `AutoModelForImageClassification.from_pretrained`.
+
+        Returns:
+            [`KDFSPruner`]: Ready to prune.
+
+        Raises:
+            ValueError: If a checkpoint cannot be read or the teacher has other labels.
+        """
+        processor = None
+        if not isinstance(model, nn.Module):
+            try:
+                processor = AutoImageProcessor.from_pretrained(model, **kwargs)
+            except (OSError, ValueError, ImportError) as error:
+                logger.info("No image processor beside the model (%s).", error)
+        loaded = load_classifier(model, **kwargs)
+        return cls(loaded, None if teacher is None else load_classifier(teacher, **kwargs), processor)
+
+    def prune(
+        self,
+        save_directory: str | os.PathLike,
+        pruning_config: KDFSConfig,
+        train_dataset: Any,
+        eval_dataset: Any | None = None,
+        args: TrainingArguments | None = None,
+        processing_class: Any | None = None,
+        data_collator: Any | None = None,
+        compute_metrics: Any | None = None,
+        callbacks: list[Any] | None = None,
+    ) -> Path:
+        """Learn the masks, slice, fine-tune and save.
+
+        An interrupted run continues where its last checkpoint was written if it is started again with the same
+        settings and the same `args.output_dir`.
+
+        Args:
+            save_directory (`str` or `os.PathLike`): Folder of the pruned checkpoint.
+            pruning_config ([`KDFSConfig`]): Settings of the method.
+            train_dataset (`Dataset`): Yields `pixel_values` and `labels`.
+            eval_dataset (`Dataset`, *optional*): Likewise.
+            args (`TrainingArguments`, *optional*): For both phases together; default: 20 epochs of AdamW.
+            processing_class (`Any`, *optional*): Image processor, saved too.
+            data_collator (`Any`, *optional*): As of [`~transformers.Trainer`].
+            compute_metrics (`Any`, *optional*): Likewise.
+            callbacks (`list`, *optional*): Likewise, for both phases.
+
+        Returns:
+            `Path`: `save_directory`.
+
+        Raises:
+            ValueError: If the target cannot be reached, the network has no convolutions, or rows lack labels.
+        """
+        save_directory = Path(save_directory)
+        input_shape = tuple(first_image(train_dataset).shape)
+        args = args or self._default_arguments(save_directory)
+        self.processing_class = processing_class or self.processing_class
+        masked = self._mask(pruning_config, input_shape)
+        teacher = self.teacher or copy.deepcopy(self.model)
+        common = {
+            "train_dataset": train_dataset,
+            "eval_dataset": eval_dataset,
+            "data_collator": data_collator,
+            "compute_metrics": compute_metrics,
+            "callbacks": callbacks,
+        }
+        run = _Run(Path(args.output_dir))
+        sampler = KDFSTrainer(masked, run.phase_arguments(args, "sampling"), pruning_config, teacher, **common)
+        sampling_steps, tuning_steps = _split_steps(sampler, args, pruning_config.fine_tune_share)
+        run.open(self._fingerprint(pruning_config, args, sampling_steps, tuning_steps), sampler)
+        self._sample(sampler, masked, run, sampling_steps)
+        masked.freeze_masks()
+        pruned = slice_network(masked, self.model)
+        logs = list(sampler.state.log_history) if not run.sampled else run.load_history()
+        self.history = [{"phase": "sampling", **entry} for entry in logs]
+        if tuning_steps:
+            weight = pruning_config.fine_tune_kd_weight
+            weight = pruning_config.kd_weight if weight is None else weight
+            arguments = run.phase_arguments(args, "fine_tuning")
+            arguments.max_steps = tuning_steps
+            tuner = DistillationTrainer(
+                pruned,
+                arguments,
+                teacher=teacher,
+                kd_weight=weight,
+                kd_temperature=pruning_config.kd_temperature,
+                **common,
+            )
+            tuner.train(resume_from_checkpoint=run.last_checkpoint("fine_tuning"))
+            self.history += [{"phase": "fine_tuning", **entry} for entry in tuner.state.log_history]
+        write_back(masked, pruned)
+        self.masked_model, self.pruned_model = masked.eval(), pruned.eval()
+        self.report = self._describe(masked, input_shape)
+        if sampler.is_world_process_zero():
+            self._save(save_directory, pruning_config)
+            run.close()
+        sampler.accelerator.wait_for_everyone()
+        return save_directory
+
+    def _default_arguments(self, save_directory: Path) -> TrainingArguments:
+        return TrainingArguments(
+            output_dir=str(save_directory.with_name(f"{save_directory.name}-training")),
+            num_train_epochs=20,
+            per_device_train_batch_size=128,
+            learning_rate=2e-3,
+            lr_scheduler_type="cosine",
+            max_grad_norm=0.0,
+            save_strategy="epoch",
+            save_total_limit=1,
+            logging_strategy="epoch",
+            report_to="none",
+        )
+
+    def _mask(self, config: KDFSConfig, input_shape: tuple[int, ...]) -> KDFSMaskedModel:
+        network = copy.deepcopy(host_network(self.model))
+        structure = read_structure(network, input_shape, config.include_layers, config.exclude_layers)
+        left = [
+            f"{name} ({reason})"
+            for name, reason in structure.whole.items()
+            if "shared" in reason or "grouped" in reason
+        ]
+        if left:
+            logger.warning("These layers cannot be pruned and are left whole: %s.", ", ".join(left))
+        return KDFSMaskedModel(network, structure, config)
+
+    def _fingerprint(
+        self, config: KDFSConfig, args: TrainingArguments, sampling_steps: int, tuning_steps: int
+    ) -> dict[str, Any]:
+        weights = sum(float(parameter.detach().double().abs().sum()) for parameter in self.model.parameters())
+        return {
+            "pruning_config": json.loads(config.to_json_string(use_diff=False)),
+            "steps": [sampling_steps, tuning_steps],
+            "seed": args.seed,
+            "learning_rate": args.learning_rate,
+            "batch_size": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+            "weights": weights,
+        }
+
+    def _sample(self, trainer: KDFSTrainer, masked: KDFSMaskedModel, run: "_Run", steps: int) -> None:
+        if run.sampled:
+            logger.info("The sampling phase of %s is done; its result is used.", run.folder)
+            masked.load_state_dict(load_file(run.folder / SAMPLED_NAME))
+            masked.to(trainer.args.device)
+            return
+        trainer.args.max_steps = steps
+        trainer.args.load_best_model_at_end = False  # the last masks count, not the best
+        trainer.train(resume_from_checkpoint=run.last_checkpoint("sampling"))
+        if trainer.is_world_process_zero():
+            run.save_sampled(masked, trainer.state.log_history)
+        trainer.accelerator.wait_for_everyone()
+
+    def _describe(self, masked: KDFSMaskedModel, input_shape: tuple[int, ...]) -> dict[str, Any]:
+        """What was removed, and whether it is faster."""
+        pruned = self.pruned_model
+        dense_macs, macs = count_flops(self.model, input_shape), count_flops(pruned, input_shape)
+        dense = copy.deepcopy(self.model).to(next(pruned.parameters()).device)
+        latency = measure_latency({"before": dense, "after": pruned}, input_shape)
+        kept = masked.kept_channels()
+        layers = [
+            {"name": group.name, "before": group.size, "after": kept[f"network.{group.name}"][1]}
+            for group in masked.structure.groups
+        ]
+        faster = latency["after"] < latency["before"]
+        return {
+            "layers": layers,
+            "left_whole": masked.structure.whole,
+            "flops_convention": "multiply-adds of convolutions and linear layers, one image",
+            "flops": {"before": dense_macs, "after": macs, "reduction": 1 - macs / dense_macs},
+            "parameters": {
+                "before": sum(parameter.numel() for parameter in dense.parameters()),
+                "after": sum(parameter.numel() for parameter in pruned.parameters()),
+            },
+            "latency_seconds_batch_1": {**latency, "threads": torch.get_num_threads()},
+            "verdict": f"{latency['before'] / latency['after']:.2f}x as fast at batch size 1"
+            if faster
+            else "no gain: not faster at batch size 1",
+        }
+
+    def _save(self, save_directory: Path, config: KDFSConfig) -> None:
+        """Everything goes to a sibling folder first, so that the checkpoint appears whole or not at all."""
+        unfinished = save_directory.with_name(f".{save_directory.name}-{uuid.uuid4().hex}")
+        try:
+            self.pruned_model.save_pretrained(unfinished)
+            config.save_pretrained(unfinished)
+            timm = type(self.processing_class).__name__ == "TimmWrapperImageProcessor"  # lives in config.json
+            if self.processing_class is not None and not timm:
+                self.processing_class.save_pretrained(unfinished)
+            (unfinished / REPORT_NAME).write_text(json.dumps(self.report, indent=2) + "\n", encoding="utf-8")
+            save_directory.mkdir(parents=True, exist_ok=True)
+            files = sorted(unfinished.iterdir(), key=lambda path: path.name == "config.json")
+            for path in files:  # config.json last: before it nothing loads
+                os.replace(path, save_directory / path.name)
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
+        logger.info("Saved the pruned network in %s: %s.", save_directory, self.report["verdict"])
+
+    def export_onnx(self, save_directory: str | os.PathLike) -> Path:
+        """Write the pruned network as ONNX with a free batch size.
+
+        Args:
+            save_directory (`str` or `os.PathLike`): Folder, made if missing.
+
+        Returns:
+            `Path`: The file `model.onnx`.
+
+        Raises:
+            ValueError: If nothing was pruned yet.
+        """
+        if self.pruned_model is None:
+            raise ValueError("`export_onnx` needs a pruned network, but there is none yet; call `prune` first.")
+        return self.pruned_model.export_onnx(save_directory)
+
+
+def _split_steps(trainer: KDFSTrainer, args: TrainingArguments, fine_tune_share: float) -> tuple[int, int]:
+    """Optimiser steps of the sampling phase and of fine-tuning."""
+    if args.max_steps > 0:
+        total = args.max_steps
+    else:
+        batches = len(trainer.get_train_dataloader())
+        per_epoch = math.ceil(batches / args.gradient_accumulation_steps)
+        total = max(1, math.ceil(per_epoch * args.num_train_epochs))
+    tuning = min(total - 1, round(total * fine_tune_share))
+    return total - tuning, tuning
+
+
+class _Run:
+    """What is on disk while a run goes on: settings, checkpoints of both phases, the sampled network.
+
+    Args:
+        folder (`Path`): `args.output_dir`.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.resumes = False
+        self.sampled = False
+
+    def open(self, settings: dict[str, Any], trainer: KDFSTrainer) -> None:
+        """Continue a run with the same settings, or start one."""
+        path = self.folder / RUN_NAME
+        if path.is_file():
+            before = json.loads(path.read_text(encoding="utf-8"))
+            changed = [name for name in settings if before.get(name) != settings[name]]
+            if changed:
+                raise ValueError(
+                    f"`args.output_dir` holds an interrupted run with another {changed[0]} "
+                    f"({before.get(changed[0])} instead of {settings[changed[0]]}); give the run another folder or "
+                    f"remove {self.folder}."
+                )
+            self.resumes = True
+            self.sampled = (self.folder / SAMPLED_NAME).is_file()
+        trainer.accelerator.wait_for_everyone()
+        if trainer.is_world_process_zero() and not self.resumes:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            _write_whole(path, settings)
+
+    def phase_arguments(self, args: TrainingArguments, phase: str) -> TrainingArguments:
+        """Arguments of one phase, with a folder of its own."""
+        arguments = copy.copy(args)
+        arguments.output_dir = str(self.folder / phase)
+        arguments.push_to_hub = False
+        return arguments
+
+    def last_checkpoint(self, phase: str) -> str | None:
+        """Newest checkpoint of a phase of an interrupted run."""
+        folder = self.folder / phase
+        found = get_last_checkpoint(str(folder)) if self.resumes and folder.is_dir() else None
+        if found is not None:
+            logger.info("Continuing the %s phase from %s.", phase, found)
+        return found
+
+    def save_sampled(self, masked: KDFSMaskedModel, history: list[dict[str, Any]]) -> None:
+        """Keep the result of the sampling phase."""
+        unfinished = self.folder / f".{uuid.uuid4().hex}"
+        state = {name: value.contiguous() for name, value in masked.state_dict().items()}
+        _write_whole(self.folder / "sampled_history.json", history)
+        save_file(state, unfinished)
+        os.replace(unfinished, self.folder / SAMPLED_NAME)
+
+    def load_history(self) -> list[dict[str, Any]]:
+        """What the sampling phase logged."""
+        return json.loads((self.folder / "sampled_history.json").read_text(encoding="utf-8"))
+
+    def close(self) -> None:
+        """The run is over: the next one in this folder starts from the beginning."""
+        for name in (RUN_NAME, SAMPLED_NAME, "sampled_history.json"):
+            (self.folder / name).unlink(missing_ok=True)
+
+
+def _write_whole(path: Path, document: Any) -> None:
+    unfinished = path.with_name(f".{path.name}-{uuid.uuid4().hex}")
+    unfinished.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    os.replace(unfinished, path)

@@ -1,0 +1,312 @@
+"""Two trainers: distillation from a teacher, and the sampling phase that learns masks on top of it."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer, TrainingArguments
+
+from .configuration_kdfs import KDFSConfig
+from .losses_kdfs import distillation_loss, flops_loss, reconstruction_loss
+from .masking_kdfs import FeatureTaps, KDFSMaskedModel
+from .sampling_kdfs import gumbel_temperature
+from .slicing_kdfs import host_network
+from .structure_kdfs import NetworkStructure, read_structure
+
+
+def check_teacher(teacher: nn.Module, model: nn.Module) -> None:
+    """Refuse a teacher that answers another question.
+
+    Args:
+        teacher (`nn.Module`): The teacher.
+        model (`nn.Module`): The student.
+
+    Raises:
+        ValueError: If the label sets differ.
+    """
+    theirs, ours = getattr(teacher, "config", None), getattr(model, "config", None)
+    if theirs is None or ours is None:
+        return
+    if theirs.num_labels != ours.num_labels:
+        raise ValueError(
+            f"`teacher` must have the model's labels, but has {theirs.num_labels} labels and the model "
+            f"{ours.num_labels}; use a teacher trained on the same classes."
+        )
+    named = [config.id2label for config in (theirs, ours) if config.id2label.get(0) != "LABEL_0"]
+    if len(named) == 2 and named[0] != named[1]:
+        label = next(index for index in named[1] if named[0].get(index) != named[1][index])
+        raise ValueError(
+            f"`teacher` must have the model's labels in the same order, but label {label} is {named[0].get(label)!r} "
+            f"there and {named[1][label]!r} in the model; use a teacher trained on the same classes."
+        )
+
+
+class DistillationTrainer(Trainer):
+    """Cross entropy plus distillation, `CE + kd_weight * T^2 KL(teacher || student)`, for any image classifier.
+
+    Args:
+        teacher (`nn.Module`, *optional*): Returns `.logits`; it is never trained. `None`: cross entropy alone.
+        kd_weight (`float`, *optional*, defaults to 0.05): Weight of the distillation loss.
+        kd_temperature (`float`, *optional*, defaults to 3.0): Its temperature.
+        kwargs (`Any`): As of [`~transformers.Trainer`].
+    """
+
+    loss_is_scaled_for_ga = False  # every micro step is a mean over its images: Trainer divides by their number
+
+    def __init__(
+        self,
+        *args: Any,
+        teacher: nn.Module | None = None,
+        kd_weight: float = 0.05,
+        kd_temperature: float = 3.0,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self.kd_weight, self.kd_temperature = kd_weight, kd_temperature
+        self.teacher = None if teacher is None else teacher.to(self.args.device).eval().requires_grad_(False)
+        self._loss_parts: dict[str, Tensor] = {}
+        self._loss_count = 0
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Loss of one micro batch.
+
+        Args:
+            model (`nn.Module`): The student, wrapped or not.
+            inputs (`dict`): `pixel_values` and `labels`.
+            return_outputs (`bool`, *optional*, defaults to `False`): Also return the student's output.
+            num_items_in_batch (`Any`, *optional*): Unused, see `loss_is_scaled_for_ga`.
+
+        Returns:
+            `torch.FloatTensor` without axes, or a tuple of it and the output.
+        """
+        output = model(pixel_values=inputs["pixel_values"], labels=inputs["labels"])
+        parts = {"cross_entropy": output.loss}
+        if model.training:
+            parts.update(self.extra_losses(output, inputs["pixel_values"]))
+            for name, value in parts.items():
+                self._loss_parts[name] = self._loss_parts.get(name, 0) + value.detach().float()
+            self._loss_count += 1
+        loss = sum(self.loss_weight(name) * value for name, value in parts.items())
+        return (loss, output) if return_outputs else loss
+
+    def loss_weight(self, name: str) -> float:
+        """Weight of a part of the loss.
+
+        Args:
+            name (`str`): `cross_entropy` or `distillation`.
+
+        Returns:
+            `float`: Its factor in the sum.
+        """
+        return {"cross_entropy": 1.0, "distillation": self.kd_weight}[name]
+
+    def extra_losses(self, output: Any, pixel_values: Tensor) -> dict[str, Tensor]:
+        """What is added to the cross entropy in training.
+
+        Args:
+            output (`ModelOutput`): The student's output.
+            pixel_values (`torch.FloatTensor` of shape `(batch, channels, height, width)`): The images.
+
+        Returns:
+            `dict[str, torch.FloatTensor]`: Unweighted losses by name.
+        """
+        if self.teacher is None or self.kd_weight == 0:
+            return {}
+        with torch.no_grad():
+            teacher_logits = self.teacher(pixel_values).logits
+        return {"distillation": distillation_loss(output.logits, teacher_logits, self.kd_temperature)}
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the mean of every part of the loss since the last log.
+
+        Args:
+            logs (`dict[str, float]`): What the Trainer logs.
+            start_time (`float`, *optional*): Start of the training.
+        """
+        if "loss" in logs and self._loss_count:
+            logs.update({name: float(value) / self._loss_count for name, value in self._loss_parts.items()})
+            self._loss_parts, self._loss_count = {}, 0
+        super().log(logs, start_time)
+
+
+class KDFSTrainer(DistillationTrainer):
+    """The sampling phase: weights and masks are trained together (KDFS, Sec. 3).
+
+    `loss = CE + kd_weight KD + reconstruction_weight RC + flops_weight Mask`. One Gumbel mask is drawn per optimiser
+    step from a generator seeded with (seed, global step): every process draws the same, a resumed run continues
+    exactly, and gradients do not depend on how a batch is split into micro batches or processes.
+
+    Afterwards `trainer.model.freeze_masks()` fixes the masks at the target.
+
+    Args:
+        model (`nn.Module`): An image classifier, which gets its masks in place, or a [`KDFSMaskedModel`].
+        args (`TrainingArguments`): Settings of this phase.
+        pruning_config ([`KDFSConfig`], *optional*): Settings of the method; default: its defaults.
+        teacher (`nn.Module`, *optional*): Default: no distillation and no reconstruction loss.
+        input_shape (`tuple[int, int, int]`, *optional*): `(channels, height, width)`; read from the first training
+            image if missing.
+        kwargs (`Any`): As of [`~transformers.Trainer`].
+
+    Example:
+    ```python
+    trainer = KDFSTrainer(model, args, KDFSConfig(target_flops_reduction=0.5), teacher, train_dataset=images)
+    trainer.train()
+    trainer.model.freeze_masks()
+    ```
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: TrainingArguments | None = None,
+        pruning_config: KDFSConfig | None = None,
+        teacher: nn.Module | None = None,
+        input_shape: tuple[int, ...] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        masked = isinstance(model, KDFSMaskedModel)
+        self.pruning_config = pruning_config or (model.pruning_config if masked else KDFSConfig())
+        if teacher is not None:
+            check_teacher(teacher, model.network if masked else model)
+        if not masked:
+            shape = input_shape or tuple(first_image(kwargs.get("train_dataset")).shape)
+            structure = read_structure(
+                model, shape, self.pruning_config.include_layers, self.pruning_config.exclude_layers
+            )
+            model = KDFSMaskedModel(model, structure, self.pruning_config)
+        super().__init__(
+            model,
+            args,
+            teacher=teacher,
+            kd_weight=self.pruning_config.kd_weight,
+            kd_temperature=self.pruning_config.kd_temperature,
+            **kwargs,
+        )
+        self._dense_macs = model.dense_macs
+        self._masked_model = model
+        stages = self.teacher_stages(model.structure) if model.taps.names else []
+        self.teacher_taps = FeatureTaps(self.teacher, stages) if stages else None
+        if not stages:  # nothing to rebuild: decoders would be parameters without a gradient
+            model.drop_decoders()
+
+    def teacher_stages(self, structure: NetworkStructure) -> list[str]:
+        """Modules of the teacher whose features the decoders rebuild.
+
+        Args:
+            structure ([`NetworkStructure`]): Structure of the student.
+
+        Returns:
+            `list[str]`: Module names in the teacher; empty without a teacher.
+        """
+        if self.teacher is None:
+            return []
+        prefix = "network." if host_network(self.teacher) is not self.teacher else ""
+        own = {name for name, _ in self.teacher.named_modules()}
+        if all(prefix + name in own for name in structure.stages):
+            return [prefix + name for name in structure.stages]
+        theirs = read_structure(self.teacher, structure.input_shape).stages
+        return theirs if len(theirs) == len(structure.stages) else []
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """The Trainer's optimiser with a group of its own for the mask logits (own rate, no decay).
+
+        Args:
+            model (`nn.Module`, *optional*): Default: `self.model`.
+
+        Returns:
+            `torch.optim.Optimizer`: The optimiser.
+        """
+        optimizer = super().create_optimizer(model)
+        logits = set(self._masked_model.mask_logits.parameters())
+        if len(optimizer.param_groups) > 2:
+            return optimizer
+        for group in optimizer.param_groups:
+            group["params"] = [parameter for parameter in group["params"] if parameter not in logits]
+        first = {key: value for key, value in optimizer.param_groups[0].items() if key != "params"}
+        rate = {"lr": self.pruning_config.mask_learning_rate, "weight_decay": 0.0}
+        optimizer.add_param_group({**first, **rate, "params": list(self._masked_model.mask_logits.parameters())})
+        return optimizer
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """One micro step under the mask of this optimiser step.
+
+        Args:
+            args (`Any`): As of [`~transformers.Trainer.training_step`].
+            kwargs (`Any`): Likewise.
+
+        Returns:
+            `torch.FloatTensor` without axes: The loss.
+        """
+        config = self.pruning_config
+        epochs = max(1, math.ceil(self.state.num_train_epochs or 1))
+        done = self.state.global_step / max(1, self.state.max_steps)
+        epoch = min(epochs, math.floor(done * epochs) + 1)
+        temperature = gumbel_temperature(epoch, epochs, config.gumbel_start_temperature, config.gumbel_end_temperature)
+        self._masked_model.set_noise(self.args.seed, self.state.global_step, temperature)
+        return super().training_step(*args, **kwargs)
+
+    def loss_weight(self, name: str) -> float:
+        """Weight of a part of the loss.
+
+        Args:
+            name (`str`): `cross_entropy`, `distillation`, `reconstruction` or `flops`.
+
+        Returns:
+            `float`: Its factor in the sum.
+        """
+        if name in ("reconstruction", "flops"):
+            return getattr(self.pruning_config, f"{name}_weight")
+        return super().loss_weight(name)
+
+    def extra_losses(self, output: Any, pixel_values: Tensor) -> dict[str, Tensor]:
+        """Distillation, reconstruction of the teacher's stages and the miss of the target.
+
+        Args:
+            output ([`KDFSMaskedOutput`]): Output of the masked network.
+            pixel_values (`torch.FloatTensor` of shape `(batch, channels, height, width)`): The images.
+
+        Returns:
+            `dict[str, torch.FloatTensor]`: Unweighted losses by name.
+        """
+        config = self.pruning_config
+        losses = {"flops": flops_loss(output.macs, self._dense_macs, config.keep_share)}
+        if self.teacher is None:
+            return losses
+        with torch.no_grad():
+            teacher_logits = self.teacher(pixel_values).logits
+        if config.kd_weight > 0:
+            losses["distillation"] = distillation_loss(output.logits, teacher_logits, config.kd_temperature)
+        if self.teacher_taps is not None:
+            pairs = zip(output.stage_features, self.teacher_taps.pop(), strict=True)
+            stages = [reconstruction_loss(student, teacher) for student, teacher in pairs]
+            losses["reconstruction"] = torch.stack(stages).mean()
+        return losses
+
+
+def first_image(dataset: Any) -> Tensor:
+    """The first image of a dataset, which must be labelled.
+
+    Args:
+        dataset (`Any`): Yields mappings with `pixel_values` and `labels`.
+
+    Returns:
+        `torch.FloatTensor` of shape `(channels, height, width)`.
+
+    Raises:
+        ValueError: If there is no dataset, or its rows lack `pixel_values` or `labels`.
+    """
+    if dataset is None:
+        raise ValueError("`train_dataset` must yield `pixel_values` and `labels`, but is None; hand in a dataset.")
+    row = next(iter(dataset), None)
+    if row is None:
+        raise ValueError("`train_dataset` must have rows, but is empty; hand in a dataset with images.")
+    for name in ("pixel_values", "labels"):
+        if name not in row and not (name == "labels" and "label" in row):  # the default collator renames it
+            raise ValueError(
+                f"`train_dataset` must yield `pixel_values` and `labels`, but its rows hold {sorted(row)}; "
+                f"rename or add the column `{name}`."
+            )
+    return torch.as_tensor(row["pixel_values"])
