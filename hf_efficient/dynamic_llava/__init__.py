@@ -1,8 +1,8 @@
 """Dynamic-LLaVA (arXiv 2412.00876): a LLaVA that drops image tokens and caches only the text worth keeping.
 
 Reading order: `configuration`, `sparsity` (the equations), `predictors`, `cache`, `decoder` (what happens at the
-sparse layer), `modeling`, `generation`, `loading`; then `callback`, `trainer`, `convert`, `figures`, which no checkpoint
-needs.
+sparse layer), `modeling`, `generation`, `loading`; then `callback`, `trainer`, `convert` and `figures`, which no
+checkpoint needs.
 """
 
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText

@@ -324,6 +324,7 @@ class SparseCache(DynamicCache):
     def __init__(self, config: PreTrainedConfig) -> None:
         layers = config.get_text_config(decoder=True).num_hidden_layers
         self.sparse_layer = config.sparse_layer
+        self.prompt_length: int | None = None  # set while `generate` runs: later columns are generated text
         self.table = SlotTable()
         kinds = [BufferedLayer() if i < self.sparse_layer else SparseLayer(self.table) for i in range(layers)]
         super(DynamicCache, self).__init__(layers=kinds)

@@ -38,11 +38,13 @@ class SparseGenerationMixin(GenerationMixin):
         features = kwargs.get("mm_encoder_outputs")
         if features is not None:  # the host repeats them in place for beams
             kwargs["mm_encoder_outputs"] = {name: copy.copy(output) for name, output in features.items()}
-        outputs = super().generate(inputs, generation_config, **kwargs)
-        used = self.__dict__.pop("_generation_cache", None)
-        if used is not None:
-            self.model.last_sparsity = used.sparsity
-        return outputs
+        try:
+            return super().generate(inputs, generation_config, **kwargs)
+        finally:
+            used = self.__dict__.pop("_generation_cache", None)
+            if used is not None:
+                self.model.last_sparsity = used.sparsity
+                used.prompt_length = None  # a later forward pass on this cache has a prompt of its own
 
     def _refuse_generation(self, generation_config: Any, kwargs: dict[str, Any]) -> None:
         def setting(name: str) -> Any:
@@ -86,10 +88,14 @@ class SparseGenerationMixin(GenerationMixin):
         active = self.model.settings(**{name: model_kwargs.get(name) for name in PER_CALL}).active
         if active and cache is not None and not hasattr(cache, "sparse_layer"):
             cache = model_kwargs[CACHE] = SparseCache(self.config)
-        if hasattr(cache, "sparse_layer"):
+        prompt_length = model_kwargs["position_ids"].shape[-1]
+        if hasattr(
+            cache, "sparse_layer"
+        ):  # told to the cache, so that no assistant model is handed an unknown argument
             self._generation_cache = cache
-        if active or hasattr(cache, "sparse_layer"):
-            model_kwargs["prompt_length"] = model_kwargs["position_ids"].shape[-1]
+            cache.prompt_length = prompt_length
+        elif active:
+            model_kwargs["prompt_length"] = prompt_length
 
 
 __all__ = ["SparseGenerationMixin"]

@@ -222,6 +222,7 @@ class DynamicLlavaModel(LlavaModel):
             chosen = self._chosen(text_decisions, 0, int(answers.sum(dim=1).max()))
             step = MaskStep(self, settings, images, attended, answers, chosen)
         else:
+            prompt_length = cache.prompt_length if prompt_length is None and cache is not None else prompt_length
             if prompt_length is not None:
                 generated = min(max(past + new - prompt_length, 0), new)
             else:

@@ -88,6 +88,10 @@ def opinionated(model: DynamicLlavaForConditionalGeneration) -> DynamicLlavaForC
             for parameter in getattr(model.model, name).parameters():
                 if parameter.dim() > 1:
                     parameter.copy_(torch.randn(parameter.shape, generator=generator) / parameter.shape[1] ** 0.5 * 2)
+        # about as many tokens kept as dropped
+        text = model.model.output_text_score_predictor
+        logits = text(model.get_input_embeddings().weight)
+        text.output_mlp[-1].bias[1] += (logits[:, 0] - logits[:, 1]).median()
     return model
 
 
@@ -103,7 +107,9 @@ def make_sparse(make_llava: Callable) -> Callable[..., DynamicLlavaForConditiona
             "predictor_intermediate_size": 32,
             "predictor_num_layers": 1,
         }
-        text = {name: settings.pop(name) for name in list(settings) if name in ("sliding_window", "use_sliding_window")}
+        text = {
+            name: settings.pop(name) for name in list(settings) if name in ("sliding_window", "use_sliding_window")
+        }
         llava = make_llava(backbone, attention, **text)
         return opinionated(DynamicLlavaForConditionalGeneration.from_llava(llava, **{**defaults, **settings}))
 
@@ -112,7 +118,7 @@ def make_sparse(make_llava: Callable) -> Callable[..., DynamicLlavaForConditiona
 
 @pytest.fixture
 def make_batch() -> Callable[..., dict[str, torch.Tensor]]:
-    """Prompts as rows: an int is a number of text tokens, "image" an image; `pad` says on which side rows are filled."""
+    """Prompts as rows: an int is a number of text tokens, "image" an image; `pad` is the side that is filled up."""
 
     def make(*rows: list[int | str], pad: str = "left", seed: int = 3) -> dict[str, torch.Tensor]:
         generator = torch.Generator().manual_seed(seed)
@@ -139,3 +145,35 @@ def make_batch() -> Callable[..., dict[str, torch.Tensor]]:
         return batch
 
     return make
+
+
+@pytest.fixture
+def word_processor() -> Any:
+    """A `LlavaProcessor` over the words w0 .. w127, padding on the left, with a chat template."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import CLIPImageProcessor, LlavaProcessor, PreTrainedTokenizerFast
+
+    words = {f"w{index}": index for index in range(128) if index not in (PAD, 1, 2, IMAGE)}
+    tokenizer = Tokenizer(models.WordLevel({**words, "<pad>": PAD, "<s>": 1, "</s>": 2, "<image>": IMAGE}, "w3"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        padding_side="left",
+        extra_special_tokens={"image_token": "<image>"},
+    )
+    template = (
+        "{% for message in messages %}{% for part in message.content %}"
+        "{% if part.type == 'image' %} <image> {% else %}{{ part.text }} {% endif %}"
+        "{% endfor %}{% endfor %}"
+    )
+    return LlavaProcessor(
+        image_processor=CLIPImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}),
+        tokenizer=fast,
+        patch_size=4,
+        vision_feature_select_strategy="default",
+        chat_template=template,
+        num_additional_image_tokens=1,
+    )
