@@ -52,7 +52,11 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=find_namespace_packages(include=["hf_efficient", "hf_efficient.*"]),
+    packages=[
+        *find_namespace_packages(include=["hf_efficient", "hf_efficient.*"], exclude=["hf_efficient.optimum_cli"]),
+        "optimum.commands.register",  # a namespace that Optimum's command reads; the folder has no __init__.py
+    ],
+    package_dir={"optimum.commands.register": "hf_efficient/optimum_cli"},
     package_data={"hf_efficient": ["py.typed"]},
     install_requires=CORE,
     extras_require=EXTRAS,

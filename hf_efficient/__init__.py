@@ -29,6 +29,15 @@ _EXPORTS: dict[str, str] = {
     "token_expansion": "toe.attachment_toe",
     "restore_tokens": "toe.expansion_toe",
     # KDFS
+    "KDFSConfig": "kdfs.configuration_kdfs",
+    "KDFSPruner": "kdfs.pruner_kdfs",
+    "KDFSTrainer": "kdfs.trainer_kdfs",
+    "KDFSPrunedConfig": "kdfs.configuration_kdfs_pruned",
+    "KDFSPrunedModel": "kdfs.modeling_kdfs_pruned",
+    "KDFSPrunedModelForImageClassification": "kdfs.modeling_kdfs_pruned",
+    "CifarResNetConfig": "kdfs.configuration_cifar_resnet",
+    "CifarResNetForImageClassification": "kdfs.modeling_cifar_resnet",
+    "count_flops": "kdfs.flops_kdfs",
     # Pix2Pix
     "Pix2PixConfig": "pix2pix.configuration_pix2pix",
     "Pix2PixModel": "pix2pix.modeling_pix2pix",
@@ -43,7 +52,7 @@ _EXPORTS: dict[str, str] = {
 }
 
 # folders whose import registers Auto classes or brings a pipeline task back
-_REGISTERING: tuple[str, ...] = ("dynamic_llava", "pix2pix")
+_REGISTERING: tuple[str, ...] = ("dynamic_llava", "pix2pix", "kdfs")
 
 __all__ = ["__version__", *sorted(_EXPORTS)]
 

@@ -30,6 +30,7 @@ _COMMANDS: dict[str, tuple[str, str, str]] = {
         "ConvertDynamicLlava",
         "convert a checkpoint of the Dynamic-LLaVA authors",
     ),
+    "prune": ("kdfs.commands_kdfs", "Prune", "prune the filters of an image classifier"),
     "push": ("hub", "Push", "push a checkpoint folder with its card to the Hub"),
 }
 

@@ -1,0 +1,245 @@
+"""`hf-efficient prune` and `optimum-cli prune kdfs`: the pass from the command line."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+
+class Prune:
+    """Prune the filters of an image classifier and save the smaller network.
+
+    DATASET is a Hub id, a folder of images in one folder per class, a parquet file, or a folder with train.parquet
+    (and test.parquet). The pass takes EPOCHS in all: it learns which filters to drop, then trains the smaller network.
+    The folder OUTPUT gets the checkpoint, kdfs_report.json (filters before and after, multiply-adds, latency) and
+    widths.png. A run that was interrupted continues when it is started again with the same arguments.
+
+    Examples:
+      hf-efficient prune --model user/resnet-18 --dataset ./photos --target-flops-reduction 0.55 --output ./pruned
+      hf-efficient prune --model ./resnet --dataset ./cifar10 --output ./pruned --epochs 20 --round-to 8 --onnx
+      optimum-cli prune kdfs --model user/resnet-18 --dataset cifar10 --output ./pruned
+    """
+
+    @staticmethod
+    def add_arguments(parser: argparse.ArgumentParser, method: bool = True) -> None:
+        """Add the arguments of `prune` to `parser`; Optimum's command has its own word for the method."""
+        if method:
+            parser.add_argument("method", nargs="?", choices=["kdfs"], default="kdfs", help="kdfs, the only one")
+        _add_arguments(parser)
+
+    @staticmethod
+    def run(arguments: argparse.Namespace) -> dict[str, Any]:
+        """Prune, save, and return the report."""
+        return run_prune(arguments)
+
+
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--model", required=True, help="Hub id or folder of an image classifier")
+    add("--dataset", required=True, help="Hub id, folder of images, parquet file or folder with train.parquet")
+    add("--output", required=True, help="folder of the pruned checkpoint")
+    add("--target-flops-reduction", type=float, metavar="SHARE", help="multiply-adds to remove, in (0, 1)")
+    add("--epochs", type=float, default=20.0, help="passes over the data in all (default: 20)")
+    add("--max-steps", type=int, default=-1, metavar="STEPS", help="optimiser steps in all; overrides --epochs")
+    add("--fine-tune-share", type=float, metavar="SHARE", help="share of the steps for fine-tuning, in [0, 1)")
+    add("--batch-size", type=int, default=128, help="images per step (default: 128)")
+    add("--learning-rate", type=float, default=2e-3, help="of AdamW, cosine schedule (default: 0.002)")
+    add("--round-to", type=int, metavar="N", help="kept counts are multiples of N; 8 suits real hardware")
+    add("--min-filters", type=int, metavar="N", help="filters that stay in every layer")
+    add("--include-layers", nargs="+", metavar="REGEX", help="prune only convolutions with these names")
+    add("--exclude-layers", nargs="+", metavar="REGEX", help="leave convolutions with these names whole")
+    add("--teacher", help="Hub id or folder of another teacher (default: the model itself)")
+    add("--train-split", default="train", help="split to train on (default: train)")
+    add("--eval-split", help="split to evaluate on (default: test or validation where there is one)")
+    add("--image-column", help="default: the column of images")
+    add("--label-column", help="default: the column of classes")
+    add("--no-augment", action="store_true", help="no random flips and shifts of the training images")
+    add("--seed", type=int, default=42, help="default: 42")
+    add("--onnx", action="store_true", help="also write model.onnx")
+    add("--trust-remote-code", action="store_true", help="run code that comes with the model")
+
+
+SETTINGS = (
+    "target_flops_reduction",
+    "fine_tune_share",
+    "round_to",
+    "min_filters",
+    "include_layers",
+    "exclude_layers",
+)
+
+
+def run_prune(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The command itself.
+
+    Args:
+        arguments (`argparse.Namespace`): As parsed.
+
+    Returns:
+        `dict`: The report of the pass, the folder, and `text` for the terminal.
+
+    Raises:
+        ValueError: If an argument, the model or the dataset does not fit.
+    """
+    from transformers import TrainingArguments
+
+    from .configuration_kdfs import KDFSConfig
+    from .figures_kdfs import format_widths, plot_widths
+    from .pruner_kdfs import KDFSPruner
+
+    given = {name: getattr(arguments, name) for name in SETTINGS if getattr(arguments, name) is not None}
+    config = KDFSConfig(**given)
+    output = Path(arguments.output)
+    remote = {"trust_remote_code": True} if arguments.trust_remote_code else {}
+    pruner = KDFSPruner.from_pretrained(arguments.model, teacher=arguments.teacher, **remote)
+    if pruner.processing_class is None:
+        raise ValueError(
+            f"--model {arguments.model} has no image processor, so its input size is unknown; save one beside it."
+        )
+    train, test = _load_data(arguments, pruner.processing_class, pruner.model.config.num_labels)
+    args = TrainingArguments(
+        output_dir=str(output.with_name(f"{output.name}-training")),
+        num_train_epochs=arguments.epochs,
+        max_steps=arguments.max_steps,
+        per_device_train_batch_size=arguments.batch_size,
+        per_device_eval_batch_size=arguments.batch_size,
+        learning_rate=arguments.learning_rate,
+        lr_scheduler_type="cosine",
+        max_grad_norm=0.0,
+        save_strategy="epoch",
+        save_total_limit=1,
+        logging_strategy="epoch",
+        eval_strategy="no",
+        remove_unused_columns=False,
+        report_to="none",
+        seed=arguments.seed,
+        disable_tqdm=bool(getattr(arguments, "quiet", False)),
+    )
+    folder = pruner.prune(
+        output, config, train, args=args, data_collator=ImageCollator(augment=not arguments.no_augment)
+    )
+    report = dict(pruner.report)
+    lines = [format_widths(report)]
+    if test is not None:
+        report["accuracy"] = {
+            "before": _accuracy(pruner.model, test, arguments.batch_size),
+            "after": _accuracy(pruner.pruned_model, test, arguments.batch_size),
+            "images": len(test),
+        }
+        lines.append(
+            "accuracy on {images} images: {before:.4f} before, {after:.4f} after".format(**report["accuracy"])
+        )
+    try:
+        report["picture"] = str(plot_widths(report, folder / "widths.png"))
+    except ImportError as error:
+        lines.append(str(error))
+    if arguments.onnx:
+        report["onnx"] = str(pruner.export_onnx(folder))
+    report["folder"] = str(folder)
+    lines.append(f"Wrote {folder}.")
+    return {**report, "text": "\n".join(lines)}
+
+
+def _load_data(arguments: argparse.Namespace, processor: Any, labels: int) -> tuple[Any, Any]:
+    """Training and evaluation rows that turn into `pixel_values` and `labels` when they are read."""
+    from datasets import Image, load_dataset
+
+    path = Path(arguments.dataset)
+    if path.is_file():
+        data = load_dataset("parquet", data_files={arguments.train_split: str(path)})
+    elif path.is_dir() and list(path.glob("*.parquet")):
+        data = load_dataset("parquet", data_files={file.stem: str(file) for file in sorted(path.glob("*.parquet"))})
+    elif path.is_dir():
+        data = load_dataset("imagefolder", data_dir=str(path))
+    else:
+        data = load_dataset(arguments.dataset)
+    if arguments.train_split not in data:
+        raise ValueError(f"--train-split {arguments.train_split} is not in the dataset; it has {', '.join(data)}.")
+    features = data[arguments.train_split].features
+    image = arguments.image_column or next((name for name, kind in features.items() if isinstance(kind, Image)), None)
+    label = arguments.label_column or next(
+        (name for name in ("labels", "label", "fine_label", "class") if name in features), None
+    )
+    for option, name in (("--image-column", image), ("--label-column", label)):
+        if name not in features:
+            raise ValueError(
+                f"--dataset {arguments.dataset} must have a column of images and one of labels, but has "
+                f"{', '.join(features)}; name it with {option}."
+            )
+    highest = max(data[arguments.train_split][label])
+    if highest >= labels:
+        raise ValueError(
+            f"--dataset {arguments.dataset} has label {highest}, but the model has {labels} labels; "
+            "prune a model that was trained on these classes."
+        )
+
+    def prepare(rows: dict[str, list[Any]]) -> dict[str, Any]:
+        images = [picture.convert("RGB") for picture in rows[image]]
+        return {"pixel_values": processor(images, return_tensors="pt")["pixel_values"], "labels": rows[label]}
+
+    held_out = arguments.eval_split or next((name for name in ("test", "validation", "val") if name in data), None)
+    if held_out is not None and held_out not in data:
+        raise ValueError(f"--eval-split {held_out} is not in the dataset; it has {', '.join(data)}.")
+    test = data[held_out].with_transform(prepare) if held_out else None
+    return data[arguments.train_split].with_transform(prepare), test
+
+
+class ImageCollator:
+    """Stack rows into a batch; flip and shift the images of training batches.
+
+    Args:
+        augment (`bool`, *optional*, defaults to `True`): Flip every second image and shift all by up to an eighth.
+    """
+
+    def __init__(self, augment: bool = True) -> None:
+        self.augment = augment
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        """Make a batch.
+
+        Args:
+            rows (`list[dict]`): With `pixel_values` and `labels`.
+
+        Returns:
+            `dict`: `pixel_values` of shape `(batch, channels, height, width)` and `labels` of shape `(batch,)`.
+        """
+        import torch
+
+        images = torch.stack([torch.as_tensor(row["pixel_values"]) for row in rows])
+        labels = torch.tensor([int(row["labels"]) for row in rows])
+        return {"pixel_values": shift_and_flip(images) if self.augment else images, "labels": labels}
+
+
+def shift_and_flip(images: Any) -> Any:
+    """Flip half of the images and shift each by up to an eighth of its size, reflecting at the border.
+
+    Args:
+        images (`torch.FloatTensor` of shape `(batch, channels, height, width)`): Images.
+
+    Returns:
+        `torch.FloatTensor` of the same shape.
+    """
+    import torch
+
+    batch, _, height, width = images.shape
+    down, right = height // 8, width // 8
+    padded = torch.nn.functional.pad(images, (right, right, down, down), mode="reflect")
+    top = torch.randint(0, 2 * down + 1, (batch, 1))
+    left = torch.randint(0, 2 * right + 1, (batch, 1))
+    columns = torch.arange(width)[None, :]
+    columns = torch.where(torch.rand(batch, 1) < 0.5, columns, width - 1 - columns) + left  # (batch, width)
+    rows = torch.arange(height)[None, :] + top  # (batch, height)
+    index = torch.arange(batch)[:, None, None]
+    return padded.permute(0, 2, 3, 1)[index, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).contiguous()
+
+
+def _accuracy(model: Any, data: Any, batch_size: int) -> float:
+    import torch
+
+    device = next(model.parameters()).device
+    right = 0
+    with torch.no_grad():
+        for start in range(0, len(data), batch_size):
+            rows = data[start : start + batch_size]
+            answers = model.eval()(torch.as_tensor(rows["pixel_values"]).to(device)).logits.argmax(dim=1).cpu()
+            right += int((answers == torch.as_tensor(rows["labels"])).sum())
+    return right / len(data)

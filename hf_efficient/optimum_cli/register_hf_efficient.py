@@ -1,0 +1,51 @@
+"""`optimum-cli prune kdfs`: read by Optimum from the namespace `optimum.commands.register` at every start.
+
+Installed under that name by `package_dir` in setup.py, so neither torch nor the package loads before it is asked for.
+"""
+
+import os
+import sys
+from argparse import ArgumentParser
+
+from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
+
+
+class KDFSCommand(BaseOptimumCLICommand):
+    """Prune the filters of an image classifier (KDFS)."""
+
+    @staticmethod
+    def parse_args(parser: ArgumentParser) -> None:
+        """Add the arguments, which `hf-efficient prune` shares.
+
+        Args:
+            parser (`ArgumentParser`): Parser of `optimum-cli prune kdfs`.
+        """
+        if "prune" in sys.argv[1:2]:  # another command must not wait for this package
+            from hf_efficient.kdfs.commands_kdfs import Prune
+
+            Prune.add_arguments(parser, method=False)
+
+    def run(self) -> None:
+        """Prune; wrong input ends with one sentence and exit code 2."""
+        from hf_efficient.kdfs.commands_kdfs import Prune
+
+        try:
+            report = Prune.run(self.args)
+        except (ValueError, OSError, ImportError) as error:
+            if os.environ.get("HF_EFFICIENT_TRACEBACK"):
+                raise
+            sys.stderr.write(f"optimum-cli prune kdfs: error: {' '.join(str(error).split())}\n")
+            sys.exit(2)
+        sys.stdout.write(report["text"] + "\n")
+
+
+class PruneCommand(BaseOptimumCLICommand):
+    """Make a model smaller."""
+
+    COMMAND = CommandInfo(name="prune", help="Remove the least useful parts of a model.")
+    SUBCOMMANDS = (
+        CommandInfo(name="kdfs", help="Learn which filters of a CNN to drop.", subcommand_class=KDFSCommand),
+    )
+
+
+REGISTER_COMMANDS = [PruneCommand]
