@@ -124,7 +124,15 @@ class DynamicLlavaConfig(LlavaConfig):
     """
 
     model_type = "dynamic_llava"
-    keys_to_ignore_at_inference = ["past_key_values", "cache", "sparsity", "language_loss", "keep_rate_losses"]
+    keys_to_ignore_at_inference = [
+        "past_key_values",
+        "cache",
+        "image_outputs",  # with them `compute_metrics` would get every image's features beside the logits
+        "image_hidden_states",
+        "sparsity",
+        "language_loss",
+        "keep_rate_losses",
+    ]
 
     sparse_layer: int = 2
     vision_keep_rate: float = 0.2

@@ -450,6 +450,14 @@ class DynamicLlavaForConditionalGeneration(
         Raises:
             ValueError: As [`DynamicLlavaModel.forward`].
         """
+        per_call = {
+            "vision_keep_rate": vision_keep_rate,
+            "vision_keep_tokens": vision_keep_tokens,
+            "output_text_threshold": output_text_threshold,
+        }
+        share = None
+        if labels is not None and self.model.settings(**per_call).active:
+            kwargs["num_items_in_batch"], share = self._loss_scale(labels, **kwargs)
         outputs = super().forward(
             input_ids=input_ids,
             pixel_values=pixel_values,
@@ -476,34 +484,50 @@ class DynamicLlavaForConditionalGeneration(
         outputs = DynamicLlavaCausalLMOutputWithPast(**outputs, sparsity=self.model.last_sparsity)
         losses, self.model.keep_rate_losses = self.model.keep_rate_losses, None
         if self.training and labels is not None and losses:
-            self._add_keep_rate_losses(outputs, losses, labels, kwargs.get("num_items_in_batch"))
+            self._add_keep_rate_losses(outputs, losses, share.to(outputs.loss.device))
         return outputs
+
+    @staticmethod
+    def _loss_scale(
+        labels: torch.Tensor,
+        num_items_in_batch: int | torch.Tensor | None = None,
+        shift_labels: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Targets by which the language loss is divided, at least 1 (a batch of empty answers gives 0, not NaN).
+
+        With it the share of this batch in a step of several batches and processes, 1 where the batch stands alone.
+        """
+        count = ((labels[:, 1:] if shift_labels is None else shift_labels) != -100).sum()
+        if num_items_in_batch is None:
+            return count.clamp(min=1), torch.ones_like(count, dtype=torch.float32)
+        items = torch.as_tensor(num_items_in_batch, device=count.device).clamp(min=1)
+        return items, count / items
 
     def _add_keep_rate_losses(
         self,
         outputs: DynamicLlavaCausalLMOutputWithPast,
         losses: dict[str, torch.Tensor],
-        labels: torch.Tensor,
-        num_items: int | torch.Tensor | None,
+        share: torch.Tensor,
     ) -> None:
         """Add Eq. 9 to the loss, scaled as the `Trainer` scales the language loss."""
-        share = 1.0
-        if num_items is not None:  # the language loss is a sum over `num_items` targets of all processes and steps
-            share = (labels[:, 1:] != -100).sum() / torch.as_tensor(num_items, device=labels.device)
         outputs.language_loss = outputs.loss.detach()
         outputs.keep_rate_losses = {name: loss.detach() for name, loss in losses.items()}
-        self.last_sparsity.losses["language"] = outputs.language_loss / share  # mean over this batch's targets
-        extra = self.config.mask_loss_weight * sum(losses.values()) * share
-        # every trainable predictor parameter takes part in every step, or DDP waits for a gradient that never comes
+        # mean over this batch's targets; 0 / 0 where it has none
+        self.last_sparsity.losses["language"] = (outputs.language_loss / share).nan_to_num(nan=0.0)
+        extra = sum(loss.to(share.device) for loss in losses.values())
+        extra = self.config.mask_loss_weight * share * extra
+        # what a batch may leave out (short answers, no image) takes part all the same, or DDP waits for its gradient
         unused = [
-            parameter.sum()
-            for name in PREDICTORS[:2]
+            parameter.sum().to(share.device, torch.float32)
+            for name in (*PREDICTORS, "multi_modal_projector", "vision_tower")
+            if hasattr(self.model, name)
             for parameter in getattr(self.model, name).parameters()
             if parameter.requires_grad
         ]
         if unused:
-            extra = extra + 0.0 * torch.stack([value.to(extra.device, torch.float32) for value in unused]).sum()
-        outputs.loss = outputs.loss + extra.to(outputs.loss.device)
+            extra = extra + 0.0 * torch.stack(unused).sum()
+        outputs.loss = outputs.loss + extra
 
 
 # A subclass does not inherit the host's renaming of weights: without these a stock checkpoint would not load.
