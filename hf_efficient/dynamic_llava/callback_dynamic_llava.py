@@ -3,6 +3,7 @@
 from typing import Any, Self
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -25,8 +26,8 @@ def find_sparse_model(model: nn.Module) -> DynamicLlavaModel:
     Raises:
         ValueError: If there is none.
     """
-    for module in model.modules():
-        if hasattr(module, "image_score_predictor") and hasattr(module, "gumbel_temperature"):
+    for module in model.modules() if isinstance(model, nn.Module) else ():
+        if "gumbel_temperature" in vars(module):  # not hasattr: a wrapper answers for the module inside it
             return module
     raise ValueError(
         f"`model` must hold a DynamicLlavaForConditionalGeneration, got {type(model).__name__}: make one with "
@@ -41,14 +42,15 @@ def check_trainable(model: DynamicLlavaModel) -> None:
         model ([`DynamicLlavaModel`]): The inner model.
 
     Raises:
-        ValueError: If no predictor is switched on, one is frozen, or one is wrapped by LoRA.
+        ValueError: If sparsity is off, a predictor is frozen, or one is wrapped by LoRA.
     """
-    active = [name for name, switch in SWITCHES.items() if getattr(model.config, switch)]
-    if not active:
+    if not model.settings().active:
         raise ValueError(
-            "`use_vision_predictor` or `use_output_text_predictor` must be True to train a sparse LLaVA, got neither: "
-            "switch one on."
+            "`use_vision_predictor` with a `vision_keep_rate` below 1, or `use_output_text_predictor`, must be on to "
+            f"train a sparse LLaVA, got a keep rate of {model.config.vision_keep_rate} and no text predictor: switch "
+            "one on, or train the dense model."
         )
+    active = [name for name, switch in SWITCHES.items() if getattr(model.config, switch)]
     for name in active:
         parameters = dict(getattr(model, name).named_parameters())
         adapted = [key for key in parameters if "lora_" in key]
@@ -65,13 +67,29 @@ def check_trainable(model: DynamicLlavaModel) -> None:
             )
 
 
+def is_training_log(logs: dict[str, Any]) -> bool:
+    """Whether a `Trainer` logs training steps: all processes do so together, unlike what users log."""
+    return "loss" in logs and "learning_rate" in logs
+
+
+def _over_processes(sums: dict[str, tuple[float, int]]) -> dict[str, tuple[float, int]]:
+    """Add up sums and counts of all processes; a process may lack a name (a batch without images)."""
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return sums
+    parts: list[dict] = [{}] * dist.get_world_size()
+    dist.all_gather_object(parts, sums)
+    names = sorted({name for part in parts for name in part})
+    return {name: tuple(map(sum, zip(*(part[name] for part in parts if name in part)))) for name in names}
+
+
 class DynamicLlavaCallback(TrainerCallback):
     """Makes a stock `Trainer` train a sparse LLaVA (Dynamic-LLaVA, Sec. 3.3 and 4.1).
 
     Sets the Gumbel temperature from the trainer's global progress, so a resumed run goes on where it stopped, and adds
     the losses, keep rates and the temperature to the logs: `language_loss`, `vision_loss`, `text_loss` (unweighted
     means since the last log), `vision_keep_rate`, `text_keep_rate`, `gumbel_temperature`. They reach the console and
-    `trainer_state.json`; experiment trackers see them when the callback comes first, see [`install`].
+    `trainer_state.json`; experiment trackers see them when the callback comes first, see [`install`]. Which weights
+    learn is left to you: freeze the vision tower with `model.model.vision_tower.requires_grad_(False)`.
 
     Raises:
         ValueError: At the start of training, if the model is no sparse LLaVA, nothing of it can learn sparsity, or the
@@ -148,12 +166,20 @@ class DynamicLlavaCallback(TrainerCallback):
         self.on_substep_end(args, state, control, model=model, **kwargs)
 
     def take_logs(self, model: nn.Module) -> dict[str, float]:
-        """Mean values since the last call, and the temperature in force; empty before the first step."""
-        if not self._seen:
-            return {}
-        values = {name: torch.stack([value.float().cpu() for value in seen]) for name, seen in self._seen.items()}
+        """Mean values of all processes since the last call, and the temperature in force; empty before the first step.
+
+        Args:
+            model (`nn.Module`): What the trainer holds.
+        """
+        sums = {
+            name: (torch.stack([value.float().cpu() for value in seen]).sum().item(), len(seen))
+            for name, seen in self._seen.items()
+        }
         self._seen = {}
-        logs = {name: round(value.mean().item(), 6) for name, value in values.items()}
+        sums = _over_processes(sums)
+        if not sums:
+            return {}
+        logs = {name: round(total / count, 6) for name, (total, count) in sums.items()}
         logs["gumbel_temperature"] = round(find_sparse_model(model).gumbel_temperature, 6)
         return logs
 
@@ -167,7 +193,7 @@ class DynamicLlavaCallback(TrainerCallback):
         **kwargs,
     ) -> None:
         """Add the values to the trainer's own logs of a training step."""
-        if logs is None or "loss" not in logs:
+        if logs is None or not is_training_log(logs):
             return
         values = self.take_logs(model)
         logs.update(values)
@@ -175,4 +201,4 @@ class DynamicLlavaCallback(TrainerCallback):
             state.log_history[-1].update(values)
 
 
-__all__ = ["DynamicLlavaCallback", "check_trainable", "find_sparse_model"]
+__all__ = ["DynamicLlavaCallback", "check_trainable", "find_sparse_model", "is_training_log"]

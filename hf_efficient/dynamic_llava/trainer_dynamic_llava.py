@@ -12,10 +12,17 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
-from .callback_dynamic_llava import DynamicLlavaCallback, check_trainable, find_sparse_model
+from .callback_dynamic_llava import (
+    SWITCHES,
+    DynamicLlavaCallback,
+    check_trainable,
+    find_sparse_model,
+    is_training_log,
+)
+from .loading_dynamic_llava import PREDICTORS
 
 
-STAGING = ".incomplete"
+STAGING = "_incomplete"  # pushing a run's folder leaves out what begins with an underscore
 IN_CONFIG = ("mask_loss_weight", "gumbel_start_temperature", "gumbel_end_temperature")
 
 
@@ -54,17 +61,24 @@ class DynamicLlavaTrainingArguments(TrainingArguments):
                 raise ValueError(f"`{name}` must be at least 0, got {getattr(self, name)}: pass a larger value.")
 
 
+def _setting(args: TrainingArguments, name: str) -> Any:
+    """Value of an argument, or its default where plain `TrainingArguments` are given."""
+    return getattr(args, name, getattr(DynamicLlavaTrainingArguments, name))
+
+
 class DynamicLlavaTrainer(Trainer):
     """`Trainer` for a sparse LLaVA.
 
     Modifications: [`DynamicLlavaCallback`] is always there; the predictors have their own learning rate and weight
     decay; losses and keep rates reach every experiment tracker; a checkpoint is written into a temporary folder and
-    renamed when it is whole, so that an interrupted run never leaves half a checkpoint. The default of
-    `save_safetensors` and everything else is the parent's.
+    renamed when it is whole, so that an interrupted run never leaves half a checkpoint. Everything else is the
+    parent's.
 
     Args:
-        model ([`DynamicLlavaForConditionalGeneration`] or `PeftModel`): The sparse LLaVA.
-        args ([`DynamicLlavaTrainingArguments`], *optional*): Settings of the run.
+        model ([`DynamicLlavaForConditionalGeneration`] or `PeftModel`, *optional*): The sparse LLaVA; without it
+            `model_init` must return one.
+        args ([`DynamicLlavaTrainingArguments`], *optional*): Settings of the run; plain `TrainingArguments` take the
+            defaults of the others.
         **kwargs: As in `Trainer`.
 
     Raises:
@@ -80,26 +94,41 @@ class DynamicLlavaTrainer(Trainer):
     """
 
     def __init__(
-        self, model: nn.Module, args: DynamicLlavaTrainingArguments | None = None, *positional: Any, **kwargs: Any
+        self,
+        model: nn.Module | None = None,
+        args: DynamicLlavaTrainingArguments | None = None,
+        *positional: Any,
+        **kwargs: Any,
     ) -> None:
         args = DynamicLlavaTrainingArguments("tmp_trainer") if args is None else args
-        sparse = find_sparse_model(model)
-        for name in IN_CONFIG:
-            value = getattr(args, name, None)
-            if value is not None:
-                setattr(sparse.config, name, value)
-        if not hasattr(model, "peft_config"):
-            trainable = getattr(args, "trainable", "all")
-            model.requires_grad_(trainable == "all")
-            for name in ("image_score_predictor", "output_text_score_predictor"):
-                getattr(sparse, name).requires_grad_(True)
-            if getattr(args, "freeze_vision_tower", True):
-                sparse.vision_tower.requires_grad_(False)
-        check_trainable(sparse)
+        if model is not None:
+            self._prepare_model(model, args)
         self._staging = False
         self._staged_push: str | None = None
         super().__init__(model, args, *positional, **kwargs)
         self._own_callback = DynamicLlavaCallback.install(self)
+
+    def _prepare_model(self, model: nn.Module, args: TrainingArguments) -> None:
+        """Write the run's settings into the configuration and choose what learns."""
+        sparse = find_sparse_model(model)
+        for name in IN_CONFIG:
+            value = _setting(args, name)
+            if value is not None:
+                setattr(sparse.config, name, value)
+        if not hasattr(model, "peft_config"):
+            model.requires_grad_(_setting(args, "trainable") == "all")
+            for name in PREDICTORS:
+                if hasattr(sparse, name):  # the instruct predictor is kept, never trained
+                    getattr(sparse, name).requires_grad_(name in SWITCHES)
+            if _setting(args, "freeze_vision_tower"):
+                sparse.vision_tower.requires_grad_(False)
+        check_trainable(sparse)
+
+    def call_model_init(self, trial: Any = None) -> nn.Module:
+        """Call `model_init` and prepare what it returns."""
+        model = super().call_model_init(trial)
+        self._prepare_model(model, self.args)
+        return model
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """Build the parent's optimiser and move the predictors into groups of their own."""
@@ -107,31 +136,29 @@ class DynamicLlavaTrainer(Trainer):
         optimizer = super().create_optimizer(*args, **kwargs)
         if not fresh:
             return optimizer
+        decayed = set(self.get_decay_parameter_names(self.model))
+        weight_decay = _setting(self.args, "predictor_weight_decay")
         own = {
-            id(parameter)
+            id(parameter): weight_decay if name in decayed else 0.0
             for name, parameter in self.model.named_parameters()
             if "score_predictor" in name and parameter.requires_grad
         }
         for group in list(optimizer.param_groups):
-            predictors = [parameter for parameter in group["params"] if id(parameter) in own]
-            if not predictors:
-                continue
+            moved: dict[float, list] = {}
+            for parameter in group["params"]:
+                if id(parameter) in own:
+                    moved.setdefault(own[id(parameter)], []).append(parameter)
             group["params"] = [parameter for parameter in group["params"] if id(parameter) not in own]
-            decay = self.args.predictor_weight_decay if group["weight_decay"] or not self.args.weight_decay else 0.0
-            optimizer.add_param_group(
-                {
-                    **{key: value for key, value in group.items() if key != "params"},
-                    "params": predictors,
-                    "lr": self.args.predictor_learning_rate,
-                    "weight_decay": decay,
-                }
-            )
+            common = {key: value for key, value in group.items() if key != "params"}
+            common["lr"] = _setting(self.args, "predictor_learning_rate")
+            for decay, parameters in moved.items():
+                optimizer.add_param_group({**common, "weight_decay": decay, "params": parameters})
         optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
         return optimizer
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log, with the losses and keep rates of the sparse LLaVA among the values."""
-        if "loss" in logs:
+        if is_training_log(logs):
             logs.update(self._own_callback.take_logs(self.model))
         super().log(logs, *args, **kwargs)
 
