@@ -4,11 +4,23 @@ import time
 from typing import Any
 
 from torch import nn
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    PreTrainedModel,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from transformers.utils import logging
 
 from .attachment_toe import ToEAttachment, detach, reset_compiler
 from .configuration_toe import ToEConfig
 from .expansion_toe import TokenExpansion
+from .resume_toe import translate_names
+
+
+logger = logging.get_logger(__name__)
 
 
 class ToECallback(TrainerCallback):
@@ -34,6 +46,7 @@ class ToECallback(TrainerCallback):
             raise ValueError(f"`config` must be a `ToEConfig`, got {config!r}; name single fields instead.")
         self.config = ToEConfig(**((config.to_dict() if config is not None else {}) | overrides))
         self._attachment: ToEAttachment | None = None
+        self._names: Any = None
         self._tokens = 0
         self._seconds = 0.0
         self._step_start = 0.0
@@ -53,14 +66,17 @@ class ToECallback(TrainerCallback):
         Raises:
             ValueError: If the trainer has one already and a schedule is given as well.
         """
-        callback = trainer.pop_callback(cls)
-        if callback is not None and (config is not None or overrides):
-            trainer.add_callback(callback)
+        callback = next((item for item in trainer.callback_handler.callbacks if isinstance(item, cls)), None)
+        if callback is None:
+            callback = cls(config, **overrides)
+            callback.on_init_end(trainer.args, trainer.state, trainer.control, model=trainer.model)
+        elif config is not None or overrides:
             raise ValueError(
                 "`config` must be left out when the trainer has a ToECallback already, which only moves to the front; "
                 "remove that one first to change the schedule."
             )
-        callback = callback or cls(config, **overrides)
+        else:
+            trainer.remove_callback(callback)
         trainer.callback_handler.callbacks.insert(0, callback)
         return callback
 
@@ -79,6 +95,21 @@ class ToECallback(TrainerCallback):
             reset_compiler()
         return removed
 
+    def on_init_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
+    ) -> None:
+        """Make sure that a resumed run gets the weights of its checkpoint, see `resume_toe`.
+
+        Args:
+            args (`TrainingArguments`): Of the trainer.
+            state (`TrainerState`): Of the trainer.
+            control (`TrainerControl`): Of the trainer.
+            model (`nn.Module`): The model to train.
+            **kwargs: Unused.
+        """
+        if self._names is None and model is not None:
+            self._names = translate_names(model)
+
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
     ) -> None:
@@ -95,6 +126,11 @@ class ToECallback(TrainerCallback):
             ValueError: If a stage would start outside the training, or the model is refused.
         """
         self.detach(model)
+        if state.global_step > 0 and self._names is None and isinstance(model, PreTrainedModel):
+            logger.warning(
+                "This trainer has finished a training before: check that it resumes with the weights of its "
+                "checkpoint, or resume with a new trainer."
+            )
         last, epochs = self.config.stage_starts[-1], state.num_train_epochs
         if self.config.counts_epochs and last >= epochs:
             raise ValueError(
@@ -206,3 +242,6 @@ class ToECallback(TrainerCallback):
             self._attachment.detach()
             self._attachment = None
             reset_compiler()
+        if self._names is not None:
+            self._names.remove()
+            self._names = None
