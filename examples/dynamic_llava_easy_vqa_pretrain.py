@@ -51,7 +51,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 TRAIN_IMAGES = 3600  # of 4,000; the rest is held out
 WIDTH = 96
-STEPS = (900, 900)  # tower, whole model
+STEPS = (900, 500)  # tower, whole model
 
 
 def collate_questions(data: EasyVQA, processor: LlavaProcessor, together: int = 4):
