@@ -235,6 +235,10 @@ def masked_attention(
         `torch.FloatTensor` of shape `(batch, heads, tokens, head_dim)`.
     """
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    device = query.device.type
+    if torch.is_autocast_enabled(device):  # rotary embeddings leave queries and keys wider than values
+        dtype = torch.get_autocast_dtype(device)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     return MaskedAttention.apply(query, key, value, policy, valid, scaling)
 
 
