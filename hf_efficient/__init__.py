@@ -42,6 +42,8 @@ _EXPORTS: dict[str, str] = {
     "Pix2PixConfig": "pix2pix.configuration_pix2pix",
     "Pix2PixModel": "pix2pix.modeling_pix2pix",
     "Pix2PixDiscriminator": "pix2pix.modeling_pix2pix",
+    "Pix2PixTrainer": "pix2pix.trainer_pix2pix",
+    "Pix2PixTrainingArguments": "pix2pix.trainer_pix2pix",
     "ImageToImageOutput": "pix2pix.modeling_pix2pix",
     "Pix2PixImageProcessor": "pix2pix.image_processing_pix2pix",
     "ImageToImagePipeline": "pix2pix.pipeline_pix2pix",

@@ -1,9 +1,9 @@
 """Pix2Pix: paired image translation, cartoon to photo, and its robustness (arXiv 1611.07004 and 2101.09793).
 
 Reading order: `configuration_pix2pix` (every field), `modeling_pix2pix` (generators and discriminator),
-`image_processing_pix2pix` and `pipeline_pix2pix` (images in, images out), `pairs_pix2pix` and `trainer_pix2pix` (data
-and the adversarial steps), `cartoonize_pix2pix` and `robustness_pix2pix` (the second paper), `convert_pix2pix`,
-`figures_pix2pix`.
+`image_processing_pix2pix` and `pipeline_pix2pix` (images in, images out), `pairs_pix2pix`, `losses_pix2pix` and
+`trainer_pix2pix` (data and the adversarial steps), `cartoonize_pix2pix` and `robustness_pix2pix` (the second paper),
+`convert_pix2pix`, `figures_pix2pix`.
 
 Importing this folder registers the generator with the Auto classes and brings the `image-to-image` task back.
 """

@@ -1,6 +1,7 @@
 """Three cartoonizers: identity at 0, stronger with strength, deterministic, fast, on images, arrays and data sets."""
 
 import time
+from itertools import pairwise
 
 import datasets
 import numpy as np
@@ -38,7 +39,7 @@ def test_a_stronger_cartoon_is_flatter_and_further_away(photo, method):
     distance = [np.abs(cartoon - photo).mean() for cartoon in cartoons]
     assert distance[0] == 0
     assert distance[1] > 1
-    assert all(weaker < stronger for weaker, stronger in zip(distance, distance[1:]))
+    assert all(weaker < stronger for weaker, stronger in pairwise(distance))
     flat = [(np.abs(np.diff(cartoon, axis=1)).max(2) <= 2).mean() for cartoon in cartoons]
     assert flat[5] > flat[0] + 0.15
 

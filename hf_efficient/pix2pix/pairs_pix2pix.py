@@ -1,0 +1,183 @@
+"""Pairs of images to train on: two columns, one column and a cartoonizer, or a folder of A|B pictures."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch.utils.data import Dataset
+
+from .cartoonize_pix2pix import MAX_STRENGTH, METHODS, cartoonize
+from .image_processing_pix2pix import Pix2PixImageProcessor
+
+
+_ENDINGS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
+
+
+class ImagePairs(Dataset):
+    """Source and target images as tensors in `[-1, 1]`, augmented alike.
+
+    The augmentation of a row depends on `seed`, the epoch and the row alone, so a resumed training sees the same
+    images. [`Pix2PixTrainer`] sets the epoch.
+
+    Args:
+        rows (`datasets.Dataset` or `Sequence[dict]`): Rows with image columns.
+        target_column (`str`): Column of the wanted images.
+        source_column (`str`, *optional*): Column of the source images; left out, the target is cartoonized.
+        size (`int`, defaults to 256): Side in pixels that both images are resized to.
+        jitter (`int`, defaults to 0): Pixels that both are first enlarged by, then cropped at random (the paper: 30).
+        flip (`bool`, defaults to `False`): Mirror half of the pairs at random.
+        method (`str`, defaults to `"bilateral"`): Cartoonizer, for pairs without a source column.
+        strength (`int`, defaults to 3): Its strength, 0 to 5.
+        num_channels (`int`, defaults to 3): Channels of the source.
+        num_output_channels (`int`, defaults to 3): Channels of the target.
+        seed (`int`, defaults to 0): Seed of the augmentation.
+
+    Raises:
+        ValueError: If a column is missing, a setting is outside its range, or, when a row is read, its two images
+            have unequal sizes.
+    """
+
+    def __init__(
+        self,
+        rows: Sequence[dict[str, Any]],
+        target_column: str,
+        source_column: str | None = None,
+        *,
+        size: int = 256,
+        jitter: int = 0,
+        flip: bool = False,
+        method: str = "bilateral",
+        strength: int = 3,
+        num_channels: int = 3,
+        num_output_channels: int = 3,
+        seed: int = 0,
+    ) -> None:
+        if len(rows) == 0:
+            raise ValueError("`rows` must hold at least one pair, got none.")
+        names = list(getattr(rows, "column_names", None) or rows[0])
+        for argument, column in (("target_column", target_column), ("source_column", source_column)):
+            if column is not None and column not in names:
+                raise ValueError(f"`{argument}` must be one of the columns {', '.join(names)}, got {column!r}.")
+        if size < 1 or jitter < 0:
+            raise ValueError(f"`size` must be at least 1 and `jitter` at least 0 pixels, got {size} and {jitter}.")
+        if method not in METHODS or strength not in range(MAX_STRENGTH + 1):
+            raise ValueError(
+                f"`method` must be one of {', '.join(METHODS)} and `strength` a whole number from 0 to "
+                f"{MAX_STRENGTH}, got {method!r} and {strength!r}."
+            )
+        self.rows, self.target_column, self.source_column = rows, target_column, source_column
+        self.size, self.jitter, self.flip, self.seed, self.epoch = size, jitter, flip, seed, 0
+        self.method, self.strength = method, strength
+        settings = {"do_resize": True, "do_pad": False, "size": {"height": size + jitter, "width": size + jitter}}
+        self.processors = [
+            Pix2PixImageProcessor(
+                num_channels=count, image_mean=[0.5] * count, image_std=[0.5] * count, size_divisor=1, **settings
+            )
+            for count in (num_channels, num_output_channels)
+        ]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch whose augmentation the next rows get.
+
+        Args:
+            epoch (`int`): Number of the epoch, from 0.
+        """
+        self.epoch = epoch
+
+    def images(self, row: int) -> tuple[Image.Image, Image.Image]:
+        """Return one pair as it stands in the data.
+
+        Args:
+            row (`int`): Number of the pair.
+
+        Returns:
+            `tuple[PIL.Image.Image, PIL.Image.Image]`: Source and target.
+
+        Raises:
+            ValueError: If a picture is missing or both have unequal sizes.
+        """
+        record = self.rows[row]
+        target = _as_image(record[self.target_column], row, self.target_column)
+        if self.source_column is None:
+            return cartoonize(target, method=self.method, strength=self.strength), target
+        source = _as_image(record[self.source_column], row, self.source_column)
+        if source.size != target.size:
+            sizes = " and ".join(f"{image.width}x{image.height}" for image in (source, target))
+            raise ValueError(
+                f"Row {row}: both images of a pair must have one size, got {sizes} pixels in "
+                f"{self.source_column!r} and {self.target_column!r}; crop or resize one of them first."
+            )
+        return source, target
+
+    def __getitem__(self, row: int) -> dict[str, torch.Tensor]:
+        """Return `pixel_values` and `labels` of shape `(channels, size, size)`."""
+        row = int(row)
+        pair = [
+            processor(image, return_tensors="pt")["pixel_values"][0]
+            for processor, image in zip(self.processors, self.images(row))
+        ]
+        random = np.random.default_rng([self.seed, self.epoch, row])
+        top, left = random.integers(0, self.jitter + 1, 2)
+        mirrored = self.flip and random.random() < 0.5
+        pair = [pixels[:, top : top + self.size, left : left + self.size] for pixels in pair]
+        pair = [(pixels.flip(-1) if mirrored else pixels).contiguous() for pixels in pair]
+        return {"pixel_values": pair[0], "labels": pair[1]}
+
+
+class SideBySideFolder(Sequence):
+    """A folder of pictures that hold both images of a pair side by side (A|B), read when asked for.
+
+    Args:
+        folder (`str` or `os.PathLike`): Folder of pictures.
+        source (`str`, defaults to `"left"`): Half that holds the source: `"left"` or `"right"`.
+
+    Raises:
+        FileNotFoundError: If the folder holds no picture.
+        ValueError: If `source` is neither half or, when a row is read, a picture cannot be halved.
+    """
+
+    column_names = ("source", "target")
+
+    def __init__(self, folder: str | os.PathLike, source: str = "left") -> None:
+        if source not in ("left", "right"):
+            raise ValueError(f'`source` must be "left" or "right", got {source!r}.')
+        folder = Path(folder)
+        found = folder.iterdir() if folder.is_dir() else ()
+        self.files = sorted(path for path in found if path.suffix.lower() in _ENDINGS)
+        if not self.files:
+            raise FileNotFoundError(f"{folder} holds no picture ({', '.join(sorted(_ENDINGS))}).")
+        self.source = source
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, row: int) -> dict[str, Image.Image]:
+        path = self.files[row]
+        try:
+            with Image.open(path) as picture:
+                picture.load()
+        except (UnidentifiedImageError, OSError, SyntaxError) as error:
+            raise ValueError(f"{path} is no readable picture: {error}") from error
+        if picture.width % 2:
+            raise ValueError(
+                f"{path} must hold two images of one size side by side; its width of {picture.width} pixels is odd."
+            )
+        half = picture.width // 2
+        left, right = picture.crop((0, 0, half, picture.height)), picture.crop((half, 0, 2 * half, picture.height))
+        pair = (left, right) if self.source == "left" else (right, left)
+        return {"source": pair[0], "target": pair[1]}
+
+
+def _as_image(value: Any, row: int, column: str) -> Image.Image:
+    if isinstance(value, np.ndarray):
+        return Image.fromarray(value)
+    if isinstance(value, Image.Image):
+        return value
+    raise ValueError(f"Row {row}: the column {column!r} must hold images, got {type(value).__name__}.")
