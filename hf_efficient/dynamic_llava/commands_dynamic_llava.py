@@ -1,9 +1,6 @@
 """The converting subcommands of `hf-efficient`."""
 
 import argparse
-import os
-import shutil
-from pathlib import Path
 from typing import Any
 
 
@@ -11,8 +8,8 @@ class ConvertLlava:
     """Give a LLaVA checkpoint the predictors of Dynamic-LLaVA.
 
     SOURCE is a Hub id or a folder of a LLaVA-1.5 type checkpoint (Llama, Mistral or Qwen2 text backbone) with
-    safetensors weights. DEST must not exist or be empty; it appears when it is whole. The new predictors are
-    untrained: train them with DynamicLlavaTrainer before you judge answers.
+    safetensors weights. DEST must not exist or be empty unless --overwrite is given; it appears when it is whole. The
+    new predictors are untrained: train them with DynamicLlavaTrainer before you judge answers.
 
     Examples:
       hf-efficient convert-llava llava-hf/llava-1.5-7b-hf ./sparse-llava --dtype bfloat16
@@ -32,46 +29,23 @@ class ConvertLlava:
         )
         parser.add_argument("--dtype", default="auto", help="dtype of the weights (default: as stored)")
         parser.add_argument("--revision", help="branch, tag or commit of a Hub id")
+        parser.add_argument("--overwrite", action="store_true", help="replace DEST if it holds something")
 
     @staticmethod
     def run(arguments: argparse.Namespace) -> dict[str, Any]:
-        """Convert, save whole and report the size."""
-        from transformers import AutoProcessor
-        from transformers.utils import logging
+        """Convert and say where the checkpoint is."""
+        from .convert_dynamic_llava import convert_llava_checkpoint
 
-        from .modeling_dynamic_llava import DynamicLlavaForConditionalGeneration
-
-        dest = Path(arguments.dest)
-        if dest.exists() and (not dest.is_dir() or any(dest.iterdir())):
-            raise FileExistsError(f"dest {dest} must not exist or be an empty folder; choose another or empty it.")
-        settings = {name: getattr(arguments, name) for name in ("vision_keep_rate", "sparse_layer", "revision")}
-        settings = {name: value for name, value in settings.items() if value is not None}
-        model = DynamicLlavaForConditionalGeneration.from_llava(
-            arguments.source, dtype=arguments.dtype, use_safetensors=True, **settings
+        settings = {name: getattr(arguments, name) for name in ("vision_keep_rate", "sparse_layer")}
+        folder = convert_llava_checkpoint(
+            arguments.source,
+            arguments.dest,
+            overwrite=arguments.overwrite,
+            dtype=arguments.dtype,
+            revision=arguments.revision,
+            **{name: value for name, value in settings.items() if value is not None},
         )
-        revision = {"revision": arguments.revision} if arguments.revision else {}
-        try:
-            processor = AutoProcessor.from_pretrained(arguments.source, **revision)
-        except (OSError, ValueError) as error:
-            logging.get_logger(__name__).warning("No processor is saved, SOURCE has none that loads: %s", error)
-            processor = None
-        temporary = dest.with_name(f".{dest.name}.{os.getpid()}.tmp")
-        try:
-            model.save_pretrained(temporary)
-            if processor is not None:
-                processor.save_pretrained(temporary)
-            dest.parent.mkdir(parents=True, exist_ok=True)
-            os.replace(temporary, dest)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-        predictors = sum(p.numel() for name, p in model.named_parameters() if "score_predictor" in name)
-        return {
-            "folder": str(dest),
-            "parameters": model.num_parameters(),
-            "predictor_parameters": predictors,
-            "processor": processor is not None,
-            "text": f"Wrote {dest} with {predictors:,} untrained parameters in predictors.",
-        }
+        return {"folder": str(folder), "text": f"Wrote {folder}; its predictors are untrained."}
 
 
 class ConvertDynamicLlava:

@@ -21,8 +21,8 @@ def test_convert_llava_keeps_weights_and_processor(source, tmp_path, make_batch,
     out = tmp_path / "out.json"
     settings = ["--vision-keep-rate", "0.5", "--sparse-layer", "3", "--json", str(out)]
     assert cli.main(["convert-llava", str(source), str(dest), *settings]) == 0
-    assert f"Wrote {dest} with " in capsys.readouterr().out
-    assert json.loads(out.read_text())["processor"] is True
+    assert capsys.readouterr().out == f"Wrote {dest}; its predictors are untrained.\n"
+    assert json.loads(out.read_text()) == {"folder": str(dest)}
     assert sorted(path.name for path in dest.parent.iterdir()) == ["sparse"]
     assert {"config.json", "model.safetensors", "modeling_dynamic_llava.py", "tokenizer.json"} <= {
         path.name for path in dest.iterdir()
@@ -39,17 +39,10 @@ def test_convert_llava_keeps_weights_and_processor(source, tmp_path, make_batch,
         assert torch.equal(model(**batch).logits, host(**batch).logits)
 
 
-def test_convert_llava_without_processor_says_so(source, tmp_path, make_llava, capsys):
-    make_llava().save_pretrained(tmp_path / "bare")
-    out = tmp_path / "out.json"
-    assert cli.main(["convert-llava", str(tmp_path / "bare"), str(tmp_path / "sparse"), "--json", str(out)]) == 0
-    assert json.loads(out.read_text())["processor"] is False
-
-
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"dest": "full"}, "must not exist or be an empty folder"),
+        ({"dest": "full"}, "full"),
         ({"source": "missing"}, "missing"),
         ({"options": ["--vision-keep-rate", "2"]}, "`vision_keep_rate` must be a number in (0, 1], got 2.0"),
         ({"options": ["--sparse-layer", "9"]}, "`sparse_layer` must be below the number of decoder layers (4), got 9"),
@@ -68,20 +61,32 @@ def test_convert_llava_mistakes(source, tmp_path, capsys, change, sentence):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["full", "llava"]
 
 
-def test_convert_llava_interrupted_leaves_nothing(source, tmp_path, monkeypatch, capsys):
-    def save(self, folder, **kwargs):
-        folder.mkdir()
-        (folder / "config.json").write_text("{}")
-        raise OSError("No space left on device")
-
-    monkeypatch.setattr(DynamicLlavaForConditionalGeneration, "save_pretrained", save)
-    assert cli.main(["convert-llava", str(source), str(tmp_path / "sparse")]) == 2
-    assert "No space left on device" in capsys.readouterr().err
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["llava"]
-
-
 def test_convert_llava_never_unpickles(source, tmp_path, capsys):
     (source / "model.safetensors").unlink()
     torch.save({}, source / "pytorch_model.bin")
     assert cli.main(["convert-llava", str(source), str(tmp_path / "sparse")]) == 2
     assert "safetensors" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_convert_dynamic_llava_hands_its_options_on(tmp_path, monkeypatch, capsys, overwrite):
+    from hf_efficient.dynamic_llava import convert_dynamic_llava
+
+    seen = {}
+
+    def convert(source, destination, *, overwrite):
+        seen.update(source=source, destination=destination, overwrite=overwrite)
+        return tmp_path / "done"
+
+    monkeypatch.setattr(convert_dynamic_llava, "convert_dynamic_llava_checkpoint", convert)
+    assert cli.main(["convert-dynamic-llava", "authors", "sparse", *(["--overwrite"] if overwrite else [])]) == 0
+    assert seen == {"source": "authors", "destination": "sparse", "overwrite": overwrite}
+    assert capsys.readouterr().out == f"Wrote {tmp_path / 'done'}.\n"
+
+
+def test_convert_dynamic_llava_mistake_is_one_sentence(tmp_path, capsys):
+    assert cli.main(["convert-dynamic-llava", str(tmp_path / "missing"), str(tmp_path / "sparse"), "--quiet"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("hf-efficient convert-dynamic-llava: error: ")
+    assert "missing" in line
+    assert list(tmp_path.iterdir()) == []
