@@ -22,6 +22,7 @@ _EXPORTS: dict[str, str] = {
     "DynamicLlavaCallback": "dynamic_llava.callback_dynamic_llava",
     "DynamicLlavaTrainer": "dynamic_llava.trainer_dynamic_llava",
     "DynamicLlavaTrainingArguments": "dynamic_llava.trainer_dynamic_llava",
+    "convert_dynamic_llava_checkpoint": "dynamic_llava.convert_dynamic_llava",
     # ToE
     "ToEConfig": "toe.configuration_toe",
     "ToECallback": "toe.callback_toe",
