@@ -1,12 +1,16 @@
 """Tiny sparse LLaVAs: 16 image tokens, 4 decoder layers, predictors with clear opinions."""
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import (
     CLIPVisionConfig,
+    CLIPVisionModel,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
@@ -177,3 +181,119 @@ def word_processor() -> Any:
         chat_template=template,
         num_additional_image_tokens=1,
     )
+
+
+@pytest.fixture
+def make_trainable(make_llava: Callable) -> Callable[..., DynamicLlavaForConditionalGeneration]:
+    """A sparse LLaVA as training meets it: small weights, fresh predictors, answers of 4 tokens count as long."""
+
+    def make(backbone: str = "llama", opinions: bool = False, **settings: Any) -> DynamicLlavaForConditionalGeneration:
+        llava = make_llava(backbone)
+        with torch.no_grad():
+            for parameter in llava.parameters():
+                if parameter.dim() > 1:
+                    parameter.div_(6)
+        defaults = {
+            "vision_keep_rate": 0.3,
+            "output_text_min_length": 4,
+            "predictor_hidden_size": 16,
+            "predictor_num_heads": 2,
+            "predictor_intermediate_size": 32,
+            "predictor_num_layers": 1,
+        }
+        model = DynamicLlavaForConditionalGeneration.from_llava(llava, **{**defaults, **settings})
+        return opinionated(model) if opinions else model
+
+    return make
+
+
+@pytest.fixture
+def make_examples() -> Callable[..., list[dict[str, torch.Tensor]]]:
+    """Training examples of one length: BOS, an image (or none), 4 question tokens, an answer that repeats the last one."""
+
+    def make(count: int = 8, answer: int = 6, image: bool = True, seed: int = 5) -> list[dict[str, torch.Tensor]]:
+        generator = torch.Generator().manual_seed(seed)
+        examples = []
+        for _ in range(count):
+            question = torch.randint(3, 110, (4,), generator=generator)
+            prompt = torch.cat([torch.tensor([1, *[IMAGE] * (TOKENS if image else 0)]), question])
+            ids = torch.cat([prompt, question[-1:].expand(answer)])
+            labels = ids.clone()
+            labels[: len(prompt)] = -100
+            example = {"input_ids": ids, "labels": labels, "attention_mask": torch.ones_like(ids)}
+            if image:
+                example["pixel_values"] = torch.randn(3, 16, 16, generator=generator)
+            examples.append(example)
+        return examples
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def numbers(repository: Path) -> dict[str, Any]:
+    """Settings, decisions and tolerances of the run of the authors' code."""
+    return json.loads((repository / "tests" / "fixtures" / "dynamic_llava.json").read_text())
+
+
+@pytest.fixture(scope="session")
+def tensors(repository: Path) -> dict[str, torch.Tensor]:
+    """Weights, inputs and outputs of the run of the authors' code."""
+    return load_file(repository / "tests" / "fixtures" / "dynamic_llava.safetensors")
+
+
+@pytest.fixture
+def authors_folder(tmp_path: Path, numbers: dict, tensors: dict) -> Callable[..., Path]:
+    """A checkpoint folder in the authors' layout, with their weights and a random vision tower.
+
+    Keyword arguments change `config.json` (None removes a field); `weights` is called with the tensors before they
+    are written; `shards` is their number of files.
+    """
+
+    def make(weights: Callable | None = None, shards: int = 1, **fields: Any) -> Path:
+        torch.manual_seed(5)
+        folder = tmp_path / "authors"
+        folder.mkdir()
+        vision = CLIPVisionConfig(
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            image_size=16,
+            patch_size=8,
+        )
+        CLIPVisionModel(vision).save_pretrained(folder / "tower")
+        stored = {name.removeprefix("weights."): t for name, t in tensors.items() if name.startswith("weights.")}
+        stored["model.mm_projector.0.weight"], stored["model.mm_projector.0.bias"] = torch.randn(64, 32), torch.randn(64)
+        stored["model.mm_projector.2.weight"], stored["model.mm_projector.2.bias"] = torch.randn(64, 64), torch.randn(64)
+        stored["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.randn(8)  # old files hold it
+        if weights is not None:
+            stored = weights(stored)
+        config = {
+            **numbers["config"],
+            "model_type": "dynamic_llava_llama",
+            "architectures": ["DynamicLlavaLlamaForCausalLM"],
+            "torch_dtype": "float32",
+            "use_cache": False,
+            "mm_vision_tower": "tower",
+            "mm_hidden_size": 32,
+            "mm_projector_type": "mlp2x_gelu",
+            "mm_vision_select_layer": -2,
+            "mm_vision_select_feature": "patch",
+            "image_aspect_ratio": "pad",
+            "sparse_config": numbers["sparse_config"],
+            **fields,
+        }
+        config = {name: value for name, value in config.items() if value is not None or name in numbers["config"]}
+        (folder / "config.json").write_text(json.dumps(config))
+        if shards == 1:
+            save_file(stored, folder / "model.safetensors")
+            return folder
+        homes = {}
+        for number in range(shards):
+            file, names = f"part-{number}.safetensors", sorted(stored)[number::shards]
+            save_file({name: stored[name] for name in names}, folder / file)
+            homes |= dict.fromkeys(names, file)
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": homes}))
+        return folder
+
+    return make
