@@ -1,6 +1,7 @@
 """Settings of a sparse LLaVA: everything of `LlavaConfig` plus the numbers of the Dynamic-LLaVA paper."""
 
 from collections.abc import Callable
+from typing import Any
 
 from transformers import LlavaConfig
 
@@ -124,6 +125,7 @@ class DynamicLlavaConfig(LlavaConfig):
     """
 
     model_type = "dynamic_llava"
+    _auto_class = "AutoConfig"
     keys_to_ignore_at_inference = [
         "past_key_values",
         "cache",
@@ -178,6 +180,16 @@ class DynamicLlavaConfig(LlavaConfig):
                 f"`predictor_hidden_size` must be a multiple of 4 and of `predictor_num_heads` ({heads}), got {width}"
                 ": change one of the two."
             )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return every field, with the entries that let a checkpoint load where the package is not installed."""
+        fields = super().to_dict()
+        fields["auto_map"] = {
+            "AutoConfig": "configuration_dynamic_llava.DynamicLlavaConfig",
+            "AutoModel": "modeling_dynamic_llava.DynamicLlavaModel",
+            "AutoModelForImageTextToText": "modeling_dynamic_llava.DynamicLlavaForConditionalGeneration",
+        }
+        return fields
 
 
 # fields that are not the host's, and those that a call may override
