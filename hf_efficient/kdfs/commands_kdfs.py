@@ -80,6 +80,7 @@ def run_prune(arguments: argparse.Namespace) -> dict[str, Any]:
     Raises:
         ValueError: If an argument, the model or the dataset does not fit.
     """
+    import torch
     from transformers import TrainingArguments
 
     from .configuration_kdfs import KDFSConfig
@@ -110,6 +111,7 @@ def run_prune(arguments: argparse.Namespace) -> dict[str, Any]:
         logging_strategy="epoch",
         eval_strategy="no",
         remove_unused_columns=False,
+        dataloader_pin_memory=torch.cuda.is_available(),
         report_to="none",
         seed=arguments.seed,
         disable_tqdm=bool(getattr(arguments, "quiet", False)),

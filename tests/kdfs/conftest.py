@@ -1,0 +1,202 @@
+"""Tiny networks, perturbed normalisation and toy data for the KDFS tests."""
+
+import copy
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForImageClassification,
+    MobileNetV2Config,
+    MobileNetV2ForImageClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+    ResNetConfig,
+    ResNetForImageClassification,
+    TrainingArguments,
+)
+from transformers.modeling_outputs import ImageClassifierOutput
+
+from hf_efficient import CifarResNetConfig, CifarResNetForImageClassification, KDFSConfig
+from hf_efficient.kdfs.masking_kdfs import KDFSMaskedModel
+from hf_efficient.kdfs.slicing_kdfs import host_network, slice_network
+from hf_efficient.kdfs.structure_kdfs import read_structure
+
+
+FIXTURES = Path(__file__).resolve().parent.parent / "fixtures"
+
+
+class PlainConfig(PreTrainedConfig):
+    model_type = "kdfs_test_plain"
+
+
+class PlainNetwork(PreTrainedModel):
+    """Two convolutions without normalisation: gradients do not depend on how a batch is split."""
+
+    config_class = PlainConfig
+
+    def __init__(self, config: PlainConfig) -> None:
+        super().__init__(config)
+        self.conv1 = nn.Conv2d(3, 6, 3, padding=1)
+        self.conv2 = nn.Conv2d(6, 8, 3, stride=2, padding=1)
+        self.linear = nn.Linear(8, config.num_labels)
+        self.post_init()
+
+    def forward(self, pixel_values, labels=None):
+        hidden = torch.relu(self.conv2(torch.relu(self.conv1(pixel_values))))
+        return ImageClassifierOutput(logits=self.linear(hidden.mean(dim=(2, 3))))
+
+
+AutoConfig.register(PlainConfig.model_type, PlainConfig, exist_ok=True)
+AutoModelForImageClassification.register(PlainConfig, PlainNetwork, exist_ok=True)
+
+
+def _timm(architecture: str, **model_args: Any) -> nn.Module:
+    pytest.importorskip("timm", reason="timm is not installed")
+    from transformers import TimmWrapperConfig, TimmWrapperForImageClassification
+
+    config = TimmWrapperConfig(architecture=architecture, num_labels=5, model_args=model_args or None)
+    return TimmWrapperForImageClassification(config)
+
+
+# family -> (network, size of its images)
+NETWORKS: dict[str, tuple[Callable[[], nn.Module], int]] = {
+    "cifar_resnet": (
+        lambda: CifarResNetForImageClassification(CifarResNetConfig(depth=14, hidden_sizes=[8, 16, 24])),
+        16,
+    ),
+    "resnet_basic": (
+        lambda: ResNetForImageClassification(
+            ResNetConfig(embedding_size=16, hidden_sizes=[16, 24], depths=[2, 2], layer_type="basic", num_labels=5)
+        ),
+        32,
+    ),
+    "resnet_bottleneck": (
+        lambda: ResNetForImageClassification(
+            ResNetConfig(embedding_size=16, hidden_sizes=[32, 64], depths=[2, 2], num_labels=5)
+        ),
+        32,
+    ),
+    "mobilenet_v2": (
+        lambda: MobileNetV2ForImageClassification(MobileNetV2Config(depth_multiplier=0.25, num_labels=5)),
+        32,
+    ),
+    "plain": (lambda: PlainNetwork(PlainConfig(num_labels=5)), 12),
+    "timm_resnet": (lambda: _timm("resnet18", layers=[1, 1, 1, 1], channels=[16, 16, 24, 32]), 32),
+    "timm_densenet": (lambda: _timm("densenet121", block_config=[3, 3], growth_rate=8), 32),
+    "timm_vgg_bn": (lambda: _timm("vgg11_bn", mlp_ratio=0.01), 32),
+    "timm_mobilenetv2": (lambda: _timm("mobilenetv2_050"), 32),
+    "timm_efficientnet_lite0": (lambda: _timm("tf_efficientnet_lite0"), 64),
+    "timm_resnet50": (lambda: _timm("resnet50"), 64),
+    "timm_densenet121": (lambda: _timm("densenet121"), 64),
+    "timm_inception_v3": (lambda: _timm("inception_v3"), 96),
+}
+
+
+def perturb(model: nn.Module) -> nn.Module:
+    """Statistics, scales and shifts as after a training: nothing is 0 or 1 any more."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                shape = module.running_mean.shape
+                module.weight.copy_(1 + 0.3 * torch.randn(shape, generator=generator))
+                module.bias.copy_(0.3 * torch.randn(shape, generator=generator))
+                module.running_mean.copy_(0.3 * torch.randn(shape, generator=generator))
+                module.running_var.copy_(0.5 + torch.rand(shape, generator=generator))
+    return model
+
+
+@pytest.fixture
+def network() -> Callable[[str], tuple[nn.Module, tuple[int, int, int]]]:
+    """`network(family)` gives a network with perturbed normalisation and the shape of its images."""
+
+    def build(family: str) -> tuple[nn.Module, tuple[int, int, int]]:
+        make, size = NETWORKS[family]
+        return perturb(make()).eval(), (3, size, size)
+
+    return build
+
+
+@pytest.fixture
+def mask() -> Callable[..., KDFSMaskedModel]:
+    """`mask(model, shape, **settings)` masks a copy of a network; `random=True` draws its logits."""
+
+    def build(model: nn.Module, shape: tuple[int, ...], random: bool = True, **settings: Any) -> KDFSMaskedModel:
+        host = copy.deepcopy(host_network(model))
+        config = KDFSConfig(**settings)
+        structure = read_structure(host, shape, config.include_layers, config.exclude_layers)
+        masked = KDFSMaskedModel(host, structure, config)
+        if random:
+            with torch.no_grad():
+                for logits in masked.mask_logits:
+                    logits.copy_(torch.randn(logits.shape))
+        return masked.eval()
+
+    return build
+
+
+@pytest.fixture
+def slice_randomly(mask: Callable[..., KDFSMaskedModel]) -> Callable[..., tuple[KDFSMaskedModel, nn.Module]]:
+    """`slice_randomly(model, shape, **settings)` gives the masked network and the sliced one for random masks."""
+
+    def build(model: nn.Module, shape: tuple[int, ...], **settings: Any) -> tuple[KDFSMaskedModel, nn.Module]:
+        masked = mask(model, shape, **settings)
+        masked.freeze_masks()
+        return masked, slice_network(masked, model)
+
+    return build
+
+
+@pytest.fixture
+def toy_data() -> Callable[..., list[dict[str, Any]]]:
+    """`toy_data(count, size)`: images whose class is the brighter quarter, learnable in seconds."""
+
+    def build(count: int = 32, size: int = 16, labels: int = 4) -> list[dict[str, Any]]:
+        generator = torch.Generator().manual_seed(2)
+        rows = []
+        for index in range(count):
+            image = 0.3 * torch.randn(3, size, size, generator=generator)
+            label, half = index % labels, size // 2
+            top, left = (label // 2) * half, (label % 2) * half
+            image[:, top : top + half, left : left + half] += 1
+            rows.append({"pixel_values": image, "labels": label})
+        return rows
+
+    return build
+
+
+@pytest.fixture
+def arguments(tmp_path: Path) -> Callable[..., TrainingArguments]:
+    """`arguments(**changes)`: quiet training on the CPU in a temporary folder."""
+
+    def build(**changes: Any) -> TrainingArguments:
+        defaults = {
+            "output_dir": str(tmp_path / "training"),
+            "max_steps": 4,
+            "per_device_train_batch_size": 8,
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "report_to": "none",
+            "use_cpu": True,
+            "disable_tqdm": True,
+            "max_grad_norm": 0.0,
+            "learning_rate": 1e-3,
+            "dataloader_pin_memory": False,
+        }
+        return TrainingArguments(**{**defaults, **changes})
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def original() -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """Numbers computed by the authors' code, with the inputs they were computed on."""
+    numbers = json.loads((FIXTURES / "kdfs.json").read_text(encoding="utf-8"))
+    return numbers, load_file(FIXTURES / "kdfs.safetensors")
