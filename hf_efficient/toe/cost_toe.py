@@ -1,6 +1,7 @@
 """What a schedule can save: multiply-adds of every stage against plain training (arithmetic on a model's shapes)."""
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from .attachment_toe import EncoderSite, find_encoder
 from .configuration_toe import ToEConfig
@@ -30,6 +31,33 @@ def count_step_multiply_adds(site: EncoderSite, num_patches: int, num_kept: int,
         linear = [module for module in layer.modules() if isinstance(module, nn.Linear)]
         total += rows * sum(m.weight.numel() for m in linear) + 2 * rows**2 * linear[0].in_features
     return total
+
+
+def count_patches(model: nn.Module, pixel_values: Tensor) -> int:
+    """Patch tokens N that a model makes of an image.
+
+    Args:
+        model (`nn.Module`): The model to train.
+        pixel_values (`torch.FloatTensor` of shape `(batch, channels, height, width)`): Images of the size trained on.
+
+    Returns:
+        `int`
+
+    Raises:
+        ValueError: If the model is refused.
+    """
+    site, rows = find_encoder(model), []
+
+    def note(layer: nn.Module, args: tuple, kwargs: dict) -> None:
+        rows.append((args[0] if args else kwargs["hidden_states"]).shape[1])
+
+    handle = site.layers[0].register_forward_pre_hook(note, with_kwargs=True)
+    try:
+        with torch.no_grad():
+            model(pixel_values=pixel_values)
+    finally:
+        handle.remove()
+    return rows[0] - site.num_prefix_tokens - site.num_suffix_tokens
 
 
 def speedup_bound(

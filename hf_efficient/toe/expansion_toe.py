@@ -320,3 +320,30 @@ class TokenExpansion:
                 f"suffix rows, got {tokens.shape[1]} rows."
             )
         return num_patches
+
+
+class RandomDrop(TokenExpansion):
+    """Control for comparisons: as many tokens as a stage of ToE keeps, chosen at random, the others dropped.
+
+    What ToE gains over it is owed to the choice of tokens, not to their number. Random: neither fit for hosts that
+    recompute hooks (timm with activation checkpointing) nor equal in two runs without the same seed.
+
+    Args:
+        config (`ToEConfig`, *optional*): The schedule.
+    """
+
+    def __call__(
+        self, tokens: Tensor, stage: int, num_prefix_tokens: int = 1, num_suffix_tokens: int = 0
+    ) -> ExpandedTokens:
+        """Drop tokens at random; arguments, results and errors as for `TokenExpansion`."""
+        num_patches = self._count_patches(tokens, num_prefix_tokens, num_suffix_tokens)
+        batch, num_in, dim = tokens.shape
+        rows = torch.arange(num_in, device=tokens.device).expand(batch, -1)
+        kept = self.num_kept(num_patches, stage)
+        if kept == num_patches:
+            return ExpandedTokens(tokens, rows)
+        chosen = torch.rand(batch, num_patches, device=tokens.device).topk(kept, dim=1).indices + num_prefix_tokens
+        index = torch.cat([rows[:, :num_prefix_tokens], chosen, rows[:, num_prefix_tokens + num_patches :]], dim=1)
+        flat = (index + torch.arange(batch, device=index.device)[:, None] * num_in).reshape(-1)
+        kept_rows = tokens.reshape(-1, dim).gather(0, flat[:, None].expand(-1, dim))
+        return ExpandedTokens(kept_rows.view(batch, -1, dim), index)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hf_efficient import ToEConfig, TokenExpansion, restore_tokens
-from hf_efficient.toe.expansion_toe import count_kept_tokens, merge_tokens, stage_additions
+from hf_efficient.toe.expansion_toe import RandomDrop, count_kept_tokens, merge_tokens, stage_additions
 
 
 SCHEDULES = [
@@ -235,3 +235,18 @@ def test_bad_input_gets_a_sentence(call, message):
 def test_restore_complains(arguments, message):
     with pytest.raises(ValueError, match=message):
         restore_tokens(*arguments)
+
+
+def test_random_drop_differs_from_expansion_in_the_choice_alone():
+    x = torch.randn(4, 1 + 64 + 3, 8, requires_grad=True)
+    drop, expansion = RandomDrop(), TokenExpansion()
+    for stage in (1, 2):
+        tokens, index = drop(x, stage, 1, 3)
+        assert tokens.shape == expansion(x, stage, 1, 3).tokens.shape
+        assert torch.equal(tokens, x.gather(1, index[..., None].expand(-1, -1, 8)))
+        assert torch.equal(index[:, [0, -3, -2, -1]], torch.tensor([0, 65, 66, 67]).expand(4, -1))
+        assert all(len(set(row.tolist())) == len(row) for row in index)
+        assert not torch.equal(index, drop(x, stage, 1, 3).index)
+        (gradient,) = torch.autograd.grad(tokens.sum(), x)
+        assert gradient.sum() == tokens.numel()
+    assert drop(x, 3, 1, 3).tokens is x

@@ -1,0 +1,136 @@
+"""Pictures of ToE: which patches a stage keeps, and accuracy over training time."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from .attachment_toe import find_encoder
+from .configuration_toe import ToEConfig
+from .expansion_toe import TokenExpansion
+
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_COLOURS = {"full": "#444444", "toe": "#1b7837", "random": "#b35806", "fast": "#2166ac"}
+
+
+def _pyplot() -> Any:
+    try:
+        from matplotlib import pyplot
+    except ImportError as error:
+        raise ImportError("Pictures need matplotlib: `pip install 'hf-efficient[quickstart]'`.") from error
+    return pyplot
+
+
+@torch.no_grad()
+def choose_patches(model: nn.Module, pixel_values: Tensor, stage: int, config: ToEConfig | None = None) -> Tensor:
+    """Patches that a stage keeps of each image, by the rows a model hands to layer `after_layer`.
+
+    Args:
+        model (`nn.Module`): A supported model.
+        pixel_values (`torch.FloatTensor` of shape `(batch, channels, height, width)`): Images as the model takes them.
+        stage (`int`): Stage from 1.
+        config (`ToEConfig`, *optional*): The schedule.
+
+    Returns:
+        `torch.BoolTensor` of shape `(batch, N)`: True = kept.
+
+    Raises:
+        ValueError: If the model is refused or the stage does not exist.
+    """
+    site, expansion, rows = find_encoder(model), TokenExpansion(config), []
+
+    def note(layer: nn.Module, args: tuple, kwargs: dict) -> None:
+        rows.append(args[0] if args else kwargs["hidden_states"])
+
+    handle = site.layers[expansion.config.after_layer].register_forward_pre_hook(note, with_kwargs=True)
+    training = model.training
+    try:
+        model.eval()(pixel_values=pixel_values)
+    finally:
+        handle.remove()
+        model.train(training)
+    tokens = rows[0]
+    index = expansion.select(tokens, stage, site.num_prefix_tokens, site.num_suffix_tokens).index
+    kept = torch.zeros(tokens.shape[:2], dtype=torch.bool, device=tokens.device).scatter_(1, index, True)
+    return kept[:, site.num_prefix_tokens : tokens.shape[1] - site.num_suffix_tokens]
+
+
+def plot_expansion(
+    model: nn.Module,
+    pixel_values: Tensor,
+    pictures: Sequence[Any] | None = None,
+    config: ToEConfig | None = None,
+) -> "Figure":
+    """Draw what each stage keeps: one row an image, one column a stage, dropped patches darkened.
+
+    Args:
+        model (`nn.Module`): A supported model on square images.
+        pixel_values (`torch.FloatTensor` of shape `(batch, channels, height, width)`): Images as the model takes them.
+        pictures (`Sequence`, *optional*): The same images for the eye, `(height, width, 3)` arrays or PIL images;
+            default: `pixel_values` stretched to the range of colours.
+        config (`ToEConfig`, *optional*): The schedule.
+
+    Returns:
+        `matplotlib.figure.Figure`
+
+    Raises:
+        ValueError: If the patches do not form a square, or the model is refused.
+        ImportError: If matplotlib is missing.
+    """
+    pyplot, config = _pyplot(), ToEConfig() if config is None else config
+    masks = [choose_patches(model, pixel_values, stage, config) for stage in range(1, config.num_stages + 1)]
+    side = round(masks[0].shape[1] ** 0.5)
+    if side**2 != masks[0].shape[1]:
+        raise ValueError(f"`pixel_values` must give a square of patches, got {masks[0].shape[1]} patches.")
+    if pictures is None:
+        low, high = pixel_values.amin(), pixel_values.amax()
+        pictures = list(((pixel_values - low) / (high - low).clamp_min(1e-6)).permute(0, 2, 3, 1).cpu().numpy())
+    count = len(pictures)
+    figure, axes = pyplot.subplots(count, len(masks), figsize=(2 * len(masks), 2 * count), squeeze=False)
+    for row, picture in enumerate(pictures):
+        for column, mask in enumerate(masks):
+            axis, kept = axes[row, column], mask[row].view(1, 1, side, side).float().cpu()
+            height, width = torch.as_tensor(pixel_values).shape[-2:]
+            veil = torch.zeros(height, width, 4)
+            veil[..., 3] = 0.75 * (1 - nn.functional.interpolate(kept, size=(height, width))[0, 0])
+            axis.imshow(picture, extent=(0, width, height, 0))
+            axis.imshow(veil.numpy(), extent=(0, width, height, 0))
+            axis.set_axis_off()
+            if row == 0:
+                axis.set_title(f"stage {column + 1}: {int(mask[row].sum())} of {mask.shape[1]}", fontsize=9)
+    figure.tight_layout()
+    return figure
+
+
+def plot_accuracy(runs: Sequence[dict[str, Any]], target: float | None = None) -> "Figure":
+    """Draw accuracy over training time, one line a run, one colour an arm.
+
+    Args:
+        runs (`Sequence` of `dict`): With `arm` and `history`, a list of dicts with `cpu_seconds` and `accuracy`.
+        target (`float`, *optional*): Accuracy to draw a level line at, in `[0, 1]`.
+
+    Returns:
+        `matplotlib.figure.Figure`
+
+    Raises:
+        ImportError: If matplotlib is missing.
+    """
+    figure, axis = _pyplot().subplots(figsize=(6, 4))
+    named = set()
+    for run in runs:
+        minutes = [point["cpu_seconds"] / 60 for point in run["history"]]
+        accuracy = [100 * point["accuracy"] for point in run["history"]]
+        label = None if run["arm"] in named else run["arm"]
+        axis.plot(minutes, accuracy, color=_COLOURS.get(run["arm"], "#762a83"), label=label, linewidth=1.2)
+        named.add(run["arm"])
+    if target is not None:
+        axis.axhline(100 * target, color="#999999", linewidth=0.8, linestyle=":")
+    axis.set_xlabel("training time, CPU minutes")
+    axis.set_ylabel("accuracy, %")
+    axis.legend(frameon=False)
+    figure.tight_layout()
+    return figure
