@@ -286,14 +286,15 @@ def _build_processor(
             "convert a copy of the folder without tokenizer files."
         )
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, config=config.text_config, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, config=config.text_config, trust_remote_code=False, padding_side="left"
+        )
     except (OSError, ValueError, ImportError) as error:
         raise ValueError(
-            f"`source` must hold a tokenizer that can be read, got {folder} ({first_line(error)}): mend it, or convert "
+            f"`source` must hold a tokenizer that can be read, got {folder} ({first_line(error)}): mend it or convert "
             "a copy of the folder without tokenizer files."
         ) from error
     _add_image_token(tokenizer, config.image_token_id)
-    tokenizer.padding_side = "left"
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     return LlavaProcessor(

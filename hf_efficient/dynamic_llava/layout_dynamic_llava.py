@@ -73,7 +73,17 @@ class Layout:
 
     @classmethod
     def read(cls, weights: Weights, config: DynamicLlavaConfig, vocabulary: int, trained: bool) -> "Layout":
-        """Map the names of `weights`; `trained` tells that predictors belong to the checkpoint."""
+        """Map the names of `weights`.
+
+        Args:
+            weights ([`Weights`]): The authors' tensors.
+            config ([`DynamicLlavaConfig`]): The new configuration.
+            vocabulary (`int`): Their vocabulary size.
+            trained (`bool`): Whether predictors belong to the checkpoint.
+
+        Raises:
+            ValueError: If the vocabulary has another size.
+        """
         names, shapes, unknown = {}, {}, []
         tied = config.tie_word_embeddings
         for name, shape in weights.shapes.items():
@@ -84,8 +94,14 @@ class Layout:
                 unknown.append(name)
                 continue
             names[name] = new
-            padded = new in (EMBEDDING, HEAD) and shape[:1] == (vocabulary,)
-            shapes[new] = (config.text_config.vocab_size, *shape[1:]) if padded else shape
+            shapes[new] = shape
+            if new in (EMBEDDING, HEAD):
+                if shape[:1] != (vocabulary,):
+                    raise ValueError(
+                        f"`source` must hold one row a token in {name!r}, got {shape[0]} rows for a `vocab_size` of "
+                        f"{vocabulary}: check that config.json and weights belong together."
+                    )
+                shapes[new] = (config.text_config.vocab_size, *shape[1:])
         identity = config.text_config.hidden_size if config.projector_hidden_act == "linear" else None
         if identity is not None:
             shapes["multi_modal_projector.linear_2.weight"] = (identity, identity)

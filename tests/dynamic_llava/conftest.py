@@ -209,7 +209,7 @@ def make_trainable(make_llava: Callable) -> Callable[..., DynamicLlavaForConditi
 
 @pytest.fixture
 def make_examples() -> Callable[..., list[dict[str, torch.Tensor]]]:
-    """Training examples of one length: BOS, an image (or none), 4 question tokens, an answer that repeats the last one."""
+    """Training examples of one length: BOS, an image (or none), 4 question tokens, an answer repeating the last."""
 
     def make(count: int = 8, answer: int = 6, image: bool = True, seed: int = 5) -> list[dict[str, torch.Tensor]]:
         generator = torch.Generator().manual_seed(seed)
@@ -241,59 +241,77 @@ def tensors(repository: Path) -> dict[str, torch.Tensor]:
     return load_file(repository / "tests" / "fixtures" / "dynamic_llava.safetensors")
 
 
+def write_authors_folder(
+    folder: Path, numbers: dict, tensors: dict, weights: Callable | None = None, shards: int = 1, **fields: Any
+) -> Path:
+    """Write a checkpoint folder in the authors' layout, with their weights and a random vision tower.
+
+    `fields` change `config.json` (None removes one); `weights` is called with the tensors before they are written;
+    `shards` is their number of files.
+    """
+    torch.manual_seed(5)
+    folder.mkdir()
+    vision = CLIPVisionConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=16,
+        patch_size=8,
+    )
+    CLIPVisionModel(vision).save_pretrained(folder / "tower")
+    stored = {name.removeprefix("weights."): t for name, t in tensors.items() if name.startswith("weights.")}
+    stored["model.mm_projector.0.weight"], stored["model.mm_projector.0.bias"] = (
+        torch.randn(64, 32),
+        torch.randn(64),
+    )
+    stored["model.mm_projector.2.weight"], stored["model.mm_projector.2.bias"] = (
+        torch.randn(64, 64),
+        torch.randn(64),
+    )
+    stored["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.randn(8)  # old files hold it
+    if weights is not None:
+        stored = weights(stored)
+    config = {
+        **numbers["config"],
+        "model_type": "dynamic_llava_llama",
+        "architectures": ["DynamicLlavaLlamaForCausalLM"],
+        "torch_dtype": "float32",
+        "use_cache": False,
+        "mm_vision_tower": "tower",
+        "mm_hidden_size": 32,
+        "mm_projector_type": "mlp2x_gelu",
+        "mm_vision_select_layer": -2,
+        "mm_vision_select_feature": "patch",
+        "image_aspect_ratio": "pad",
+        "sparse_config": numbers["sparse_config"],
+        **fields,
+    }
+    config = {name: value for name, value in config.items() if value is not None or name in numbers["config"]}
+    (folder / "config.json").write_text(json.dumps(config))
+    if shards == 1:
+        save_file(stored, folder / "model.safetensors")
+        return folder
+    homes = {}
+    for number in range(shards):
+        file, names = f"part-{number}.safetensors", sorted(stored)[number::shards]
+        save_file({name: stored[name] for name in names}, folder / file)
+        homes |= dict.fromkeys(names, file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": homes}))
+    return folder
+
+
 @pytest.fixture
 def authors_folder(tmp_path: Path, numbers: dict, tensors: dict) -> Callable[..., Path]:
-    """A checkpoint folder in the authors' layout, with their weights and a random vision tower.
+    """A checkpoint folder in the authors' layout; arguments as in `write_authors_folder`."""
+    return lambda *args, **fields: write_authors_folder(tmp_path / "authors", numbers, tensors, *args, **fields)
 
-    Keyword arguments change `config.json` (None removes a field); `weights` is called with the tensors before they
-    are written; `shards` is their number of files.
-    """
 
-    def make(weights: Callable | None = None, shards: int = 1, **fields: Any) -> Path:
-        torch.manual_seed(5)
-        folder = tmp_path / "authors"
-        folder.mkdir()
-        vision = CLIPVisionConfig(
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            image_size=16,
-            patch_size=8,
-        )
-        CLIPVisionModel(vision).save_pretrained(folder / "tower")
-        stored = {name.removeprefix("weights."): t for name, t in tensors.items() if name.startswith("weights.")}
-        stored["model.mm_projector.0.weight"], stored["model.mm_projector.0.bias"] = torch.randn(64, 32), torch.randn(64)
-        stored["model.mm_projector.2.weight"], stored["model.mm_projector.2.bias"] = torch.randn(64, 64), torch.randn(64)
-        stored["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.randn(8)  # old files hold it
-        if weights is not None:
-            stored = weights(stored)
-        config = {
-            **numbers["config"],
-            "model_type": "dynamic_llava_llama",
-            "architectures": ["DynamicLlavaLlamaForCausalLM"],
-            "torch_dtype": "float32",
-            "use_cache": False,
-            "mm_vision_tower": "tower",
-            "mm_hidden_size": 32,
-            "mm_projector_type": "mlp2x_gelu",
-            "mm_vision_select_layer": -2,
-            "mm_vision_select_feature": "patch",
-            "image_aspect_ratio": "pad",
-            "sparse_config": numbers["sparse_config"],
-            **fields,
-        }
-        config = {name: value for name, value in config.items() if value is not None or name in numbers["config"]}
-        (folder / "config.json").write_text(json.dumps(config))
-        if shards == 1:
-            save_file(stored, folder / "model.safetensors")
-            return folder
-        homes = {}
-        for number in range(shards):
-            file, names = f"part-{number}.safetensors", sorted(stored)[number::shards]
-            save_file({name: stored[name] for name in names}, folder / file)
-            homes |= dict.fromkeys(names, file)
-        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": homes}))
-        return folder
+@pytest.fixture(scope="session")
+def converted(tmp_path_factory: pytest.TempPathFactory, numbers: dict, tensors: dict) -> Path:
+    """The authors' checkpoint, converted; not to be written to."""
+    from hf_efficient import convert_dynamic_llava_checkpoint
 
-    return make
+    folder = tmp_path_factory.mktemp("parity")
+    source = write_authors_folder(folder / "authors", numbers, tensors)
+    return convert_dynamic_llava_checkpoint(source, folder / "converted")
