@@ -71,12 +71,15 @@ def test_gradcheck_in_double_precision():
         torch.testing.assert_close(got[0, token], wanted, atol=1e-4, rtol=1e-4)
 
 
-def test_blocks_of_heads_do_not_change_the_gradient(monkeypatch):
-    inputs = draw(heads=4)
-    direction = torch.randn(2, 4, 7, 4, dtype=torch.float64)
-    whole = torch.autograd.grad(masked_attention(*inputs), inputs, direction)
-    monkeypatch.setattr("hf_efficient.dynamic_llava.sparsity_dynamic_llava.SCORE_BLOCK", 2 * 7 * 7)
-    for one, other in zip(whole, torch.autograd.grad(masked_attention(*inputs), inputs, direction)):
+@pytest.mark.parametrize("scores", [1, 2 * 7 * 7, 4 * 7 * 7, 8 * 7 * 7, 1000])
+def test_blocks_do_not_change_the_gradient(monkeypatch, scores):
+    """The backward pass holds a bounded number of scores at once: single heads, some heads, whole rows, all rows."""
+    inputs = draw(batch=3, heads=4)
+    valid = padding(3, 7)
+    direction = torch.randn(3, 4, 7, 4, dtype=torch.float64)
+    whole = torch.autograd.grad(naive(*inputs, valid), inputs, direction)
+    monkeypatch.setattr("hf_efficient.dynamic_llava.sparsity_dynamic_llava.SCORE_BLOCK", scores)
+    for one, other in zip(whole, torch.autograd.grad(masked_attention(*inputs, valid), inputs, direction)):
         torch.testing.assert_close(one, other, atol=1e-12, rtol=0)
 
 
