@@ -189,25 +189,27 @@ class MaskedAttention(torch.autograd.Function):
         grad_policy = torch.zeros(batch, tokens, dtype=ctx.policy_dtype, device=query.device)
         causal = torch.ones(tokens, tokens, dtype=torch.bool, device=query.device).tril(diagonal=-1)
         wide = torch.promote_types(query.dtype, torch.float32)
-        step = max(1, min(heads, SCORE_BLOCK // tokens**2))
-        for row in range(batch):
-            hidden = ~visible_keys(visible[row : row + 1])[0]  # (1, tokens, tokens)
-            earlier = causal if valid is None else causal & valid[row]
-            for head in range(0, heads, step):
-                part = (row, slice(head, head + step))
+        fitting = max(1, SCORE_BLOCK // tokens**2)
+        some_heads, some_rows = min(heads, fitting), max(1, fitting // heads)
+        for row in range(0, batch, some_rows):
+            rows = slice(row, row + some_rows)
+            hidden = ~visible_keys(visible[rows])  # (rows, 1, tokens, tokens)
+            later = ~causal if valid is None else ~(causal & valid[rows, None, None, :])
+            for head in range(0, heads, some_heads):
+                part = (rows, slice(head, head + some_heads))
                 q, k, v, g = query[part], key[part], value[part], grad_output[part].to(query.dtype)
-                scores = (q @ k.transpose(1, 2)).to(wide) * ctx.scaling  # (heads, tokens, tokens)
+                scores = (q @ k.transpose(2, 3)).to(wide) * ctx.scaling  # (rows, heads, tokens, tokens)
                 total = scores.masked_fill(hidden, -math.inf).logsumexp(dim=-1, keepdim=True)
                 # a dropped key may outweigh all kept ones: its virtual weight is capped, kept weights are at most 1
                 weight = scores.sub_(total).clamp_(max=20.0).exp_()
                 inner = (g.to(wide) * output[part].to(wide)).sum(dim=-1, keepdim=True)
-                change = (g @ v.transpose(1, 2)).to(wide).sub_(inner).mul_(weight)
-                grad_policy[row] += change.masked_fill(~earlier, 0.0).sum(dim=(0, 1))
+                change = (g @ v.transpose(2, 3)).to(wide).sub_(inner).mul_(weight)
+                grad_policy[rows] += change.masked_fill(later, 0.0).sum(dim=(1, 2))
                 weight = weight.masked_fill_(hidden, 0.0).to(q.dtype)
                 change = change.masked_fill_(hidden, 0.0).to(q.dtype)
-                grad_value[part] = weight.transpose(1, 2) @ g
+                grad_value[part] = weight.transpose(2, 3) @ g
                 grad_query[part] = (change @ k) * ctx.scaling
-                grad_key[part] = (change.transpose(1, 2) @ q) * ctx.scaling
+                grad_key[part] = (change.transpose(2, 3) @ q) * ctx.scaling
         return grad_query, grad_key, grad_value, grad_policy, None, None
 
 
