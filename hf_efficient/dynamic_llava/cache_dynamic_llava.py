@@ -228,7 +228,8 @@ class SlotTable:
         if self._target is None:
             buffer.narrow(axis, self.longest, new.shape[axis]).copy_(new)
             return
-        rows, columns, slots = self._target
+        rows, columns, slots = (index.to(buffer.device) for index in self._target)
+        new = new.to(buffer.device)
         if axis == 1:
             buffer[rows, slots] = new[rows, columns]
         else:

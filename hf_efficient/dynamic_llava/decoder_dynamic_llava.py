@@ -204,7 +204,8 @@ class DropStep:
     def _judge_text(self, hidden_states: torch.Tensor) -> None:
         if not (self.generated and self.settings.judge_text):
             return
-        logits = self.model.output_text_score_predictor(hidden_states[:, -self.generated :])  # (batch, generated, 2)
+        logits = self.model.output_text_score_predictor(hidden_states[:, -self.generated :])
+        logits = logits.to(hidden_states.device)  # (batch, generated, 2); layers may be spread over devices
         keep = decide_text(logits, self.settings.threshold)
         if self.decisions is not None:
             keep = self.decisions.to(keep.device).expand_as(keep)
@@ -216,7 +217,7 @@ class DropStep:
             index = torch.arange(kept, device=columns.device).expand(len(images), -1)
             if self.settings.drop_images:
                 kept = count_kept_tokens(kept, self.settings.vision_keep_rate, self.settings.vision_keep_tokens)
-                logits = self.model.image_score_predictor(hidden_states[rows, columns])
+                logits = self.model.image_score_predictor(hidden_states[rows, columns]).to(hidden_states.device)
                 index = select_tokens(logits, kept)  # (images, kept)
                 chosen = torch.zeros_like(columns, dtype=torch.bool).scatter(1, index, True)
                 self.stored[rows, columns] = self.stored[rows, columns] & chosen
@@ -339,7 +340,7 @@ class MaskStep:
                 kept = count_kept_tokens(
                     columns.shape[1], self.settings.vision_keep_rate, self.settings.vision_keep_tokens
                 )
-                logits = self.model.image_score_predictor(hidden_states[rows, columns])
+                logits = self.model.image_score_predictor(hidden_states[rows, columns]).to(hidden_states.device)
                 if self.model.training:
                     mask = sample_mask(logits, self.model.gumbel_temperature)  # (images, tokens)
                     rate = self.settings.vision_keep_rate

@@ -1,5 +1,6 @@
 """Making a sparse LLaVA from a dense one, and keeping its predictors apart from it."""
 
+import copy
 import json
 import os
 import shutil
@@ -104,7 +105,7 @@ class SparseLoadingMixin:
             if hasattr(inner, name):
                 predictor = getattr(inner, name).to_empty(device=device)
                 predictor.apply(inner._init_weights)
-        self.generation_config = llava.generation_config
+        self.generation_config = copy.deepcopy(llava.generation_config)
         for name in ("hf_device_map", "hf_quantizer", "is_quantized", "quantization_method", "is_loaded_in_4bit"):
             if hasattr(llava, name):
                 setattr(self, name, getattr(llava, name))

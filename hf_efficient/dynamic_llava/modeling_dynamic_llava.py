@@ -61,7 +61,8 @@ class DynamicLlavaModel(LlavaModel):
     config_class = DynamicLlavaConfig
     config: DynamicLlavaConfig
     _can_compile_fullgraph = False
-    _keep_in_fp32_modules = PREDICTORS
+    _keep_in_fp32_modules = PREDICTORS  # decisions near the threshold survive half precision
+    _keep_in_fp32_modules_strict = PREDICTORS
     _auto_class = "AutoModel"
 
     def __init__(self, config: DynamicLlavaConfig) -> None:
@@ -381,7 +382,8 @@ class DynamicLlavaForConditionalGeneration(
     config_class = DynamicLlavaConfig
     config: DynamicLlavaConfig
     _can_compile_fullgraph = False
-    _keep_in_fp32_modules = PREDICTORS
+    _keep_in_fp32_modules = PREDICTORS  # decisions near the threshold survive half precision
+    _keep_in_fp32_modules_strict = PREDICTORS
     _auto_class = "AutoModelForImageTextToText"
 
     def __init__(self, config: DynamicLlavaConfig) -> None:

@@ -86,9 +86,10 @@ def test_checkpoint_holds_exactly_what_it_needs(make_sparse, tmp_path):
     )
 
 
-def test_half_precision_keeps_the_predictors_exact(make_sparse, tmp_path):
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_keeps_the_predictors_exact(make_sparse, tmp_path, dtype):
     make_sparse().save_pretrained(tmp_path)
-    model = DynamicLlavaForConditionalGeneration.from_pretrained(tmp_path, dtype=torch.float16)
-    assert model.lm_head.weight.dtype == torch.float16
+    model = DynamicLlavaForConditionalGeneration.from_pretrained(tmp_path, dtype=dtype)
+    assert model.lm_head.weight.dtype == dtype
     assert {p.dtype for p in model.model.image_score_predictor.parameters()} == {torch.float32}
     assert {p.dtype for p in model.model.output_text_score_predictor.parameters()} == {torch.float32}

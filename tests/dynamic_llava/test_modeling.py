@@ -187,7 +187,9 @@ def test_shares_the_weights_of_a_given_model(make_llava):
     assert sparse.config.vision_keep_rate == 0.4
     assert sparse.lm_head.weight is llava.lm_head.weight
     assert not any(parameter.is_meta for parameter in sparse.parameters())
-    assert sparse.generation_config is llava.generation_config
+    assert sparse.generation_config.to_dict() == llava.generation_config.to_dict()
+    sparse.generation_config.max_new_tokens = 7
+    assert llava.generation_config.max_new_tokens != 7, "a copy"
 
 
 def test_loads_a_checkpoint_with_its_own_arguments(make_llava, make_batch, tmp_path):
