@@ -22,6 +22,7 @@ _EXPORTS: dict[str, str] = {
     "DynamicLlavaCallback": "dynamic_llava.callback_dynamic_llava",
     "DynamicLlavaTrainer": "dynamic_llava.trainer_dynamic_llava",
     "DynamicLlavaTrainingArguments": "dynamic_llava.trainer_dynamic_llava",
+    "plot_kept_tokens": "dynamic_llava.figures_dynamic_llava",
     "convert_dynamic_llava_checkpoint": "dynamic_llava.convert_dynamic_llava",
     # ToE
     "ToEConfig": "toe.configuration_toe",
@@ -50,6 +51,7 @@ _EXPORTS: dict[str, str] = {
     "ImageToImagePipeline": "pix2pix.pipeline_pix2pix",
     "convert_pix2pix_checkpoint": "pix2pix.convert_pix2pix",
     "cartoonize": "pix2pix.cartoonize_pix2pix",
+    "evaluate_robustness": "pix2pix.robustness_pix2pix",
     # the whole house
     "push_checkpoint": "hub",
 }
