@@ -12,11 +12,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import ModelOutput
+from transformers.utils import logging
 
 from .configuration_kdfs import KDFSConfig
 from .flops_kdfs import build_cost_model
 from .sampling_kdfs import choose_filters, fit_masks, gumbel_noise, reachable_reduction, sample_filters
 from .structure_kdfs import NetworkStructure
+
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -254,6 +258,15 @@ class KDFSMaskedModel(nn.Module):
         masks = fit_masks(list(self.mask_logits), self.cost, config.keep_share, config.min_filters, config.round_to)
         self.frozen_masks.copy_(torch.cat(masks))
         self.masks_frozen.fill_(True)
+        reduction = 1 - float(self.cost.count_macs(self.frozen_masks.cpu())) / self.dense_macs
+        if abs(reduction - config.target_flops_reduction) > 0.01:
+            logger.warning(
+                "The layers are too coarse for the target: %.4f of the multiply-adds are removed, not %.4f; "
+                "round_to=%d leaves no closer choice.",
+                reduction,
+                config.target_flops_reduction,
+                config.round_to,
+            )
 
     @torch.no_grad()
     def kept_channels(self) -> dict[str, tuple[int, int]]:

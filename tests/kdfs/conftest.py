@@ -43,9 +43,9 @@ class PlainNetwork(PreTrainedModel):
 
     def __init__(self, config: PlainConfig) -> None:
         super().__init__(config)
-        self.conv1 = nn.Conv2d(3, 6, 3, padding=1)
-        self.conv2 = nn.Conv2d(6, 8, 3, stride=2, padding=1)
-        self.linear = nn.Linear(8, config.num_labels)
+        self.conv1 = nn.Conv2d(3, 12, 3, padding=1)
+        self.conv2 = nn.Conv2d(12, 16, 3, stride=2, padding=1)
+        self.linear = nn.Linear(16, config.num_labels)
         self.post_init()
 
     def forward(self, pixel_values, labels=None):

@@ -85,14 +85,14 @@ def test_budget_is_met_wherever_the_logits_are(target, margin):
 
 
 def test_the_least_certain_filters_go():
-    sizes = [8, 8]
-    logits = [torch.stack([torch.zeros(8), torch.linspace(1.0, 8.0, 8)], dim=1) for _ in sizes]
+    sizes = [64, 64]
+    logits = [torch.stack([torch.zeros(64), torch.linspace(1.0, 8.0, 64)], dim=1) for _ in sizes]
     logits[1][:, 1] += 20
     masks = fit_masks(logits, chain(sizes), keep_share=0.8)
     assert masks[1].all(), "every filter of the second layer is more certain"
     dropped = int((masks[0] == 0).sum())
     assert dropped > 0
-    assert masks[0].tolist() == [0.0] * dropped + [1.0] * (8 - dropped)
+    assert masks[0].tolist() == [0.0] * dropped + [1.0] * (64 - dropped)
 
 
 def test_rounding_and_minimum():
