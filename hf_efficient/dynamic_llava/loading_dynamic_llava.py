@@ -5,12 +5,15 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
 import torch
 from huggingface_hub import load_state_dict_from_file, save_torch_state_dict
 from transformers import LlavaForConditionalGeneration, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming, rename_source_key
 from transformers.utils import logging
 
 from .configuration_dynamic_llava import OWN_FIELDS, SUPPORTED_TEXT_BACKBONES, DynamicLlavaConfig, check_setting
@@ -110,6 +113,26 @@ class SparseLoadingMixin:
             if hasattr(llava, name):
                 setattr(self, name, getattr(llava, name))
         self.train(llava.training)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """`load_state_dict` of the host that also takes the names of a checkpoint's file.
+
+        The host writes its files with the names of older LLaVA checkpoints, and a `Trainer` that resumes or returns to
+        its best step hands them over as they are: without this hardly a weight would be loaded, with a mere warning.
+
+        Args:
+            state_dict (`dict[str, torch.Tensor]`): Weights, named as in the model or as in its checkpoint.
+            *args: As in the host.
+            **kwargs: As in the host.
+        """
+        own = self.state_dict()
+        if any(key not in own for key in state_dict):
+            names = [change for change in get_model_conversion_mapping(self) if isinstance(change, WeightRenaming)]
+            state_dict = {
+                key if key in own else rename_source_key(key, names, [], self.base_model_prefix, own)[0]: value
+                for key, value in state_dict.items()
+            }
+        return super().load_state_dict(state_dict, *args, **kwargs)
 
     def _predictor_weights(self) -> dict[str, torch.Tensor]:
         return {
