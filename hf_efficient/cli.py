@@ -31,6 +31,14 @@ _COMMANDS: dict[str, tuple[str, str, str]] = {
         "convert a checkpoint of the Dynamic-LLaVA authors",
     ),
     "prune": ("kdfs.commands_kdfs", "Prune", "prune the filters of an image classifier"),
+    "convert-pix2pix": (
+        "pix2pix.commands_pix2pix",
+        "ConvertPix2Pix",
+        "convert a generator of the widely used PyTorch implementation",
+    ),
+    "cartoonize": ("pix2pix.commands_pix2pix", "Cartoonize", "turn photographs into cartoons"),
+    "translate": ("pix2pix.commands_pix2pix", "Translate", "translate pictures with an image-to-image model"),
+    "robustness": ("pix2pix.commands_pix2pix", "Robustness", "measure a cartoon-to-photo model on other cartoons"),
     "push": ("hub", "Push", "push a checkpoint folder with its card to the Hub"),
 }
 

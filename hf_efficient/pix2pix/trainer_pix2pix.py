@@ -422,12 +422,12 @@ class Pix2PixTrainer(Trainer):
                 "from_pretrained and start a new training."
             )
         self.discriminator.load_state_dict(load_file(folder / _DISCRIMINATOR))
-        state = torch.load(folder / _DISCRIMINATOR_STATE, map_location=self.args.device, weights_only=True)
+        state = torch.load(folder / _DISCRIMINATOR_STATE, map_location="cpu", weights_only=True)
         self.discriminator_optimizer.load_state_dict(state["optimizer"])
         self.discriminator_scheduler.load_state_dict(state["scheduler"])
         pool = folder / f"image_pool_{self.args.process_index}.pt"
         if pool.exists():  # missing where training goes on with more processes
-            self.pool.load_state_dict(torch.load(pool, map_location=self.args.device, weights_only=True))
+            self.pool.load_state_dict(torch.load(pool, map_location="cpu", weights_only=True), self.args.device)
         if (folder / _RAW_WEIGHTS).exists():
             if self.average is not None:
                 self.average = {name: value.detach().clone() for name, value in self.model.state_dict().items()}

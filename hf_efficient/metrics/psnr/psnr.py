@@ -1,0 +1,46 @@
+"""peak signal-to-noise ratio of images, as an `evaluate` module: `evaluate.load("hf_efficient/metrics/psnr")`."""
+
+from typing import Any
+
+import datasets
+import evaluate
+import numpy as np
+import torch
+from torchmetrics.functional.image import peak_signal_noise_ratio
+
+
+class Psnr(evaluate.Metric):
+    """Mean peak signal-to-noise ratio over pairs of images of equal size, from torchmetrics."""
+
+    def _info(self) -> evaluate.MetricInfo:
+        return evaluate.MetricInfo(
+            description="Mean peak signal-to-noise ratio of pairs of images in decibels (higher is better).",
+            citation="https://en.wikipedia.org/wiki/Peak_signal-to-noise_ratio",
+            inputs_description="predictions, references: images of equal size.",
+            features=datasets.Features({"predictions": datasets.Image(), "references": datasets.Image()}),
+        )
+
+    def _compute(self, predictions: list[Any], references: list[Any]) -> dict[str, float]:
+        """Measure each pair and average.
+
+        Args:
+            predictions (`list[PIL.Image.Image]`): Images to judge.
+            references (`list[PIL.Image.Image]`): What they should be.
+
+        Returns:
+            `dict[str, float]`: `psnr`.
+
+        Raises:
+            ValueError: If a pair has unequal sizes.
+        """
+        values = []
+        for number, (prediction, reference) in enumerate(zip(predictions, references)):
+            pair = [
+                torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)[None] / 255
+                for image in (prediction, reference)
+            ]
+            if pair[0].shape != pair[1].shape:
+                sizes = f"{prediction.size} and {reference.size}"
+                raise ValueError(f"Pair {number} must have one size, got {sizes} pixels.")
+            values.append(float(peak_signal_noise_ratio(*pair, data_range=1.0)))
+        return {"psnr": float(np.mean(values))}

@@ -1,0 +1,265 @@
+"""The Pix2Pix subcommands of `hf-efficient`."""
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+
+_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+
+
+class Cartoonize:
+    """Turn the photographs of a folder into cartoons.
+
+    SOURCE is a picture or a folder of pictures, subfolders included. Each cartoon gets the name of its photograph, as
+    PNG, in DEST; a file that is no picture is named at the end and stops nothing.
+
+    Examples:
+      hf-efficient cartoonize ./photos ./cartoons
+      hf-efficient cartoonize ./photos ./cartoons --method palette --strength 5
+    """
+
+    @staticmethod
+    def add_arguments(parser: argparse.ArgumentParser) -> None:
+        """Add the arguments of `cartoonize` to `parser`."""
+        parser.add_argument("source", help="picture or folder of pictures")
+        parser.add_argument("dest", help="folder to write")
+        parser.add_argument(
+            "--method", default="bilateral", help="bilateral, palette or mean_shift (default: bilateral)"
+        )
+        parser.add_argument("--strength", type=int, default=3, help="0 (the photograph) to 5 (default: 3)")
+
+    @staticmethod
+    def run(arguments: argparse.Namespace) -> dict[str, Any]:
+        """Cartoonize every picture and say how many there are."""
+        from PIL import Image
+
+        from .cartoonize_pix2pix import cartoonize
+
+        def outputs(files: list[Path]) -> Iterator[Any]:
+            for path in files:
+                try:
+                    with Image.open(path) as image:
+                        image.load()
+                except (OSError, SyntaxError) as error:
+                    yield _Failed(str(error))
+                    continue
+                yield cartoonize(image, method=arguments.method, strength=arguments.strength)
+
+        return _write_all(arguments, outputs, "cartoon")
+
+
+class Translate:
+    """Translate pictures with an image-to-image model, such as cartoons to photographs.
+
+    MODEL is a Hub id or a folder. SOURCE is a picture or a folder of pictures of any sizes, subfolders included. Each
+    result has the size of its picture and its name, as PNG, in DEST; a file that is no picture is named at the end and
+    stops nothing.
+
+    Examples:
+      hf-efficient translate ./model_cards/pix2pix-cartoon2photo ./cartoons ./photos
+      hf-efficient translate user/pix2pix-cartoon2photo cartoon.png . --batch-size 4
+    """
+
+    @staticmethod
+    def add_arguments(parser: argparse.ArgumentParser) -> None:
+        """Add the arguments of `translate` to `parser`."""
+        parser.add_argument("model", help="Hub id or folder of an image-to-image model")
+        parser.add_argument("source", help="picture or folder of pictures")
+        parser.add_argument("dest", help="folder to write")
+        parser.add_argument("--batch-size", type=int, default=1, metavar="N", help="pictures at a time (default: 1)")
+        parser.add_argument("--device", help="such as cpu or cuda:0 (default: the first accelerator)")
+
+    @staticmethod
+    def run(arguments: argparse.Namespace) -> dict[str, Any]:
+        """Translate every picture and say how many there are."""
+        from transformers import pipeline
+
+        from .pipeline_pix2pix import ImageToImageError
+
+        if arguments.batch_size < 1:
+            raise ValueError(f"--batch-size must be at least 1, got {arguments.batch_size}.")
+        _find_pictures(Path(arguments.source))  # before the model is loaded
+        translate = pipeline("image-to-image", model=arguments.model, device=arguments.device)
+
+        def outputs(files: list[Path]) -> Iterator[Any]:
+            stream = translate((str(path) for path in files), batch_size=arguments.batch_size)
+            try:
+                for output in stream:
+                    yield _Failed("") if output is None else output
+            except ImageToImageError as error:
+                reasons.update(error.failures)
+
+        reasons: dict[int, str] = {}
+        return _write_all(arguments, outputs, "translation", reasons)
+
+
+class Robustness:
+    """Measure how well a cartoon-to-photo model survives other cartoons.
+
+    MODEL is a Hub id or a folder, or several as NAME=FOLDER for the matrix of models and cartoonizers. DATA is a
+    folder of photographs or a parquet file with an image column. Writes a page that opens from disk (index.html), its
+    figures (robustness.json), a plot and sample sheets.
+
+    Examples:
+      hf-efficient robustness ./model_cards/pix2pix-cartoon2photo ./photos --output ./robustness
+      hf-efficient robustness bilateral=./run-a palette=./run-b --data test.parquet --severities 0 3 5 --limit 50
+    """
+
+    @staticmethod
+    def add_arguments(parser: argparse.ArgumentParser) -> None:
+        """Add the arguments of `robustness` to `parser`."""
+        parser.add_argument("model", nargs="+", metavar="MODEL", help="model, or NAME=MODEL several times, then DATA")
+        parser.add_argument("--data", help="photographs: a folder or a parquet file (default: the last MODEL)")
+        parser.add_argument("--column", default="image", help="image column of a parquet file (default: image)")
+        parser.add_argument(
+            "--output", metavar="DIR", default="robustness", help="folder to write (default: ./robustness)"
+        )
+        parser.add_argument("--methods", nargs="+", metavar="NAME", help="cartoonizers (default: all three)")
+        parser.add_argument("--severities", nargs="+", type=int, metavar="N", help="strengths 0 to 5 (default: all)")
+        parser.add_argument("--features", metavar="FILE", help="weights of tf_efficientnet_lite0, for KID and cosine")
+        parser.add_argument(
+            "--trained-on", nargs="+", metavar="NAME=CARTOONIZER", help="what each model was trained on"
+        )
+        parser.add_argument("--limit", type=int, metavar="N", help="use only the first photographs")
+        parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="pictures at a time (default: 8)")
+
+    @staticmethod
+    def run(arguments: argparse.Namespace) -> dict[str, Any]:
+        """Measure, write the report and show its table."""
+        from .robustness_pix2pix import evaluate_robustness
+
+        names = list(arguments.model)
+        data = arguments.data or (names.pop() if len(names) > 1 else None)
+        if data is None:
+            raise ValueError("DATA is missing: name a folder of photographs or a parquet file after the model.")
+        models = dict(_named(name) for name in names)
+        if len(models) != len(names):
+            raise ValueError("Several models need names of their own, such as a=./run-a b=./run-b.")
+        settings: dict[str, Any] = {"image_column": arguments.column, "limit": arguments.limit}
+        for name in ("methods", "severities"):
+            if getattr(arguments, name):
+                settings[name] = getattr(arguments, name)
+        trained_on = dict(_named(entry) for entry in arguments.trained_on or ())
+        unknown = sorted(trained_on.keys() - models.keys())
+        if unknown:
+            raise ValueError(f"--trained-on names {unknown[0]!r}, which is none of the models {', '.join(models)}.")
+        report = evaluate_robustness(
+            models,
+            _load_photos(Path(data), arguments.column),
+            features=arguments.features,
+            trained_on=trained_on,
+            batch_size=arguments.batch_size,
+            **settings,
+        )
+        page = report.save(arguments.output)
+        return {
+            **report.to_dict(),
+            "page": str(page),
+            "text": f"{report}\n\n{page}: the report, with plots and samples.",
+        }
+
+
+class ConvertPix2Pix:
+    """Convert a generator file of the widely used PyTorch implementation.
+
+    SOURCE is its latest_net_G.pth (or a safetensors file with the same keys): unet_128, unet_256, resnet_6blocks or
+    resnet_9blocks. Pickled files are read as plain weights and nothing else. DEST must be absent or empty unless
+    --overwrite is given; it appears when it is whole.
+
+    Examples:
+      hf-efficient convert-pix2pix ./checkpoints/facades/latest_net_G.pth ./facades
+      hf-efficient convert-pix2pix latest_net_G.pth ./facades --overwrite
+    """
+
+    @staticmethod
+    def add_arguments(parser: argparse.ArgumentParser) -> None:
+        """Add the arguments of `convert-pix2pix` to `parser`."""
+        parser.add_argument("source", help="generator file, .pth or .safetensors")
+        parser.add_argument("dest", help="folder to write; absent or empty")
+        parser.add_argument("--overwrite", action="store_true", help="replace DEST if it holds something")
+
+    @staticmethod
+    def run(arguments: argparse.Namespace) -> dict[str, Any]:
+        """Convert and say what was found in the file."""
+        from .configuration_pix2pix import Pix2PixConfig
+        from .convert_pix2pix import convert_pix2pix_checkpoint
+
+        folder = convert_pix2pix_checkpoint(arguments.source, arguments.dest, overwrite=arguments.overwrite)
+        config = Pix2PixConfig.from_pretrained(folder)
+        depth = f" with {config.num_levels} levels" if config.generator == "unet" else ""
+        found = f"{config.generator}{depth}, {config.base_channels} channels, {config.norm} norm"
+        return {"folder": str(folder), "generator": found, "text": f"Wrote {folder}: {found}."}
+
+
+class _Failed:
+    """Takes the place of a picture that could not be read."""
+
+    def __init__(self, reason: str) -> None:
+        self.reason = reason
+
+
+def _find_pictures(source: Path) -> list[Path]:
+    if source.is_file():
+        return [source]
+    if not source.is_dir():
+        raise FileNotFoundError(f"SOURCE {source} is neither a picture nor a folder.")
+    files = sorted(path for path in source.rglob("*") if path.suffix.lower() in _ENDINGS and path.is_file())
+    if not files:
+        raise FileNotFoundError(f"SOURCE {source} holds no picture ({', '.join(_ENDINGS)}).")
+    return files
+
+
+def _write_all(
+    arguments: argparse.Namespace, outputs: Any, noun: str, reasons: dict[int, str] | None = None
+) -> dict[str, Any]:
+    """Write each output under its picture's name; complain about unreadable files at the end."""
+    from transformers.utils import logging
+
+    from .figures_pix2pix import save_picture
+
+    source, dest = Path(arguments.source), Path(arguments.dest)
+    files = _find_pictures(source)
+    if dest.is_file():
+        raise ValueError(f"DEST {dest} is a file; name a folder.")
+    targets = _targets(files, source if source.is_dir() else source.parent, dest)
+    written, failed = [], {}
+    for number, output in enumerate(logging.tqdm(outputs(files), total=len(files), desc=noun.capitalize())):
+        if isinstance(output, _Failed):
+            failed[number] = f"{files[number]}: {output.reason}"
+        else:
+            written.append(str(save_picture(output, targets[number])))
+    failed.update(reasons or {})
+    if failed:
+        listed = "; ".join(failed.values())
+        raise ValueError(f"{len(written)} of {len(files)} pictures were written to {dest}; unreadable: {listed}")
+    plural = noun if len(written) == 1 else f"{noun}s"
+    return {"files": written, "text": f"Wrote {len(written)} {plural} to {dest}."}
+
+
+def _targets(files: list[Path], root: Path, dest: Path) -> list[Path]:
+    targets = [dest / path.relative_to(root).with_suffix(".png") for path in files]
+    for path, target in zip(files, targets):
+        if targets.count(target) > 1:
+            raise ValueError(f"{path} has the name of another picture but for its ending; rename one of them.")
+        if target.resolve() == path.resolve():
+            raise ValueError(f"{path} would be replaced by its own result; name another DEST.")
+    return targets
+
+
+def _named(entry: str) -> tuple[str, str]:
+    name, sign, value = entry.partition("=")
+    return (name, value) if sign else ("model", entry)
+
+
+def _load_photos(data: Path, column: str) -> Any:
+    import datasets
+    from PIL import Image
+
+    if data.suffix == ".parquet" and data.is_file():
+        table = datasets.Dataset.from_parquet(str(data))
+        if column not in table.column_names:
+            raise ValueError(f"--column must be one of {', '.join(table.column_names)}, got {column!r}.")
+        return table.cast_column(column, datasets.Image())
+    return ({column: Image.open(path)} for path in _find_pictures(data))

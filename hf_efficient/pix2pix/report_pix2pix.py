@@ -1,0 +1,292 @@
+"""The robustness report as a page that opens from disk: tables, plots and sample sheets in one file."""
+
+import base64
+import html
+import io
+import json
+import os
+import tempfile
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from .figures_pix2pix import save_picture
+from .robustness_pix2pix import FIGURES, PAPER_PIXEL_DISSIMILARITY, RobustnessReport
+
+
+_STYLE = """
+:root { color-scheme: light dark; --ink: #1b1b1f; --soft: #5d5d66; --page: #fff; --line: #d8d8de; --band: #f3f3f6; }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #ececf1; --soft: #a5a5b0; --page: #17171b; --line: #3a3a42; --band: #222228; }
+}
+* { box-sizing: border-box; }
+body { margin: 0 auto; padding: 1.5rem; max-width: 72rem; background: var(--page); color: var(--ink);
+  font: 16px/1.5 system-ui, sans-serif; }
+h1 { font-size: 1.6rem; line-height: 1.2; } h2 { font-size: 1.2rem; margin-top: 2.2rem; }
+p, figcaption { max-width: 44rem; } figcaption, .soft { color: var(--soft); }
+.scroll { overflow-x: auto; border: 1px solid var(--line); border-radius: 6px; }
+table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
+th, td { padding: .35rem .7rem; text-align: right; white-space: nowrap; }
+th:first-child, td:first-child { text-align: left; }
+thead th { border-bottom: 1px solid var(--line); } tbody tr:nth-child(even) { background: var(--band); }
+td.home { outline: 2px solid currentColor; outline-offset: -3px; }
+.plots { display: grid; gap: 1.2rem; grid-template-columns: repeat(auto-fit, minmax(min(20rem, 100%), 1fr)); }
+figure { margin: 0; } svg { width: 100%; height: auto; display: block; } svg text { fill: var(--ink); }
+svg .axis { stroke: var(--line); } img { max-width: 100%; height: auto; background: #fff; border-radius: 4px; }
+ul.key { list-style: none; padding: 0; display: flex; flex-wrap: wrap; gap: .3rem 1.2rem; }
+ul.key svg { display: inline-block; width: 2.2rem; height: .8rem; margin-right: .4rem; vertical-align: middle; }
+"""
+_COLOURS = ("#8a8a94", "#2f7ed8", "#d9622b", "#2a9d5c", "#a35bd1", "#c9a227")  # readable on white and on black
+_DASHES = ("", "7 4", "2 4", "10 3 2 3", "4 2", "1 3")
+_MARKS = ("circle", "square", "diamond")
+
+
+def write_report(report: RobustnessReport, folder: Path, title: str) -> Path:
+    """Write the page, its data, the plot for a card and the sample sheets.
+
+    Args:
+        report ([`RobustnessReport`]): What was measured.
+        folder (`pathlib.Path`): Folder to write.
+        title (`str`): Heading of the page.
+
+    Returns:
+        `pathlib.Path`: `index.html`.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, sheet in report.samples.items():
+        save_picture(sheet, folder / f"samples_{_file_name(name)}.png")
+    save_picture(plot_curves(report), folder / "robustness.png")
+    _write_text(folder / "robustness.json", json.dumps(report.to_dict(), indent=2) + "\n")
+    return _write_text(folder / "index.html", render_page(report, title))
+
+
+def render_page(report: RobustnessReport, title: str) -> str:
+    """Render the whole page, pictures included.
+
+    Args:
+        report ([`RobustnessReport`]): What was measured.
+        title (`str`): Heading.
+
+    Returns:
+        `str`: HTML that needs no other file.
+    """
+    features = (
+        f"KID and feature cosine compare features of {report.feature_network}."
+        if report.feature_network
+        else "No feature network was given, so KID and feature cosine were not measured."
+    )
+    parts = [
+        f"<h1>{html.escape(title)}</h1>",
+        f"<p>{report.images} test photographs, each turned into a cartoon in {len(report.methods)} ways and "
+        f"translated back. {html.escape(features)} Severity 0 is the photograph itself.</p>",
+        "<h2>By severity</h2>",
+        _legend(report),
+        '<div class="plots">',
+        *(_plot(report, name) for name in report.figures),
+        "</div>",
+        "<h2>Trained on one, tested on all</h2>",
+        "<p>Means over the severities above 0. A framed cell is the cartoonizer that the model was trained on.</p>",
+        *(_matrix(report, name) for name in report.figures),
+        "<h2>From clean to cartoon</h2>",
+        "<p>How far each figure moves from the photograph itself (severity 0) to the mean of its cartoons.</p>",
+        *(_gap(report, name) for name in report.figures),
+        "<h2>Beside the paper</h2>",
+        _paper(report),
+        "<h2>Every figure</h2>",
+        _all_rows(report),
+        "<h2>Samples</h2>",
+        *(_sample(name, sheet) for name, sheet in report.samples.items()),
+    ]
+    return (
+        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{html.escape(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n<main>\n"
+        + "\n".join(parts)
+        + "\n</main>\n</body>\n</html>\n"
+    )
+
+
+def plot_curves(report: RobustnessReport) -> Image.Image:
+    """Draw every figure by severity as one picture for a card.
+
+    Args:
+        report ([`RobustnessReport`]): What was measured.
+
+    Returns:
+        `PIL.Image.Image`: RGB.
+
+    Raises:
+        ImportError: If matplotlib is missing.
+    """
+    try:
+        figure_class = import_module("matplotlib.figure").Figure
+    except ImportError as error:
+        raise ImportError("Plots need matplotlib; install it with: pip install 'hf-efficient[pix2pix]'") from error
+    names = report.figures
+    figure = figure_class(figsize=(4 * len(names), 3.4), layout="constrained", dpi=110)
+    axes = figure.subplots(1, len(names), squeeze=False)[0]
+    for axis, name in zip(axes, names):
+        for number, model in enumerate(report.models):
+            for mark, method in zip("osD", report.methods):
+                curve = report.curve(model, method, name)
+                label = f"{model}, {method}" if axis is axes[0] else None
+                colour = _COLOURS[number % len(_COLOURS)]
+                axis.plot(curve.keys(), curve.values(), f"-{mark}", color=colour, markersize=4, label=label)
+        axis.set_title(FIGURES.get(name, (name,))[0])
+        axis.set_xlabel("severity")
+        axis.grid(alpha=0.3)
+    figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize="small")
+    memory = io.BytesIO()
+    figure.savefig(memory, format="png")
+    return Image.open(memory).convert("RGB")
+
+
+def _caption(name: str) -> str:
+    title, higher = FIGURES.get(name, (name, None))
+    better = "" if higher is None else ", higher is better" if higher else ", lower is better"
+    return html.escape(title + better)
+
+
+def _style(report: RobustnessReport, model: str, method: str) -> tuple[str, str, str]:
+    """Colour and dash tell the model, the mark tells the cartoonizer."""
+    number, kind = report.models.index(model), report.methods.index(method)
+    return _COLOURS[number % len(_COLOURS)], _DASHES[number % len(_DASHES)], _MARKS[kind % len(_MARKS)]
+
+
+def _mark(kind: str, x: float, y: float, colour: str) -> str:
+    if kind == "circle":
+        return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.5" fill="{colour}"/>'
+    if kind == "square":
+        return f'<rect x="{x - 3:.1f}" y="{y - 3:.1f}" width="6" height="6" fill="{colour}"/>'
+    return f'<path d="M{x:.1f} {y - 4.5:.1f}l4.5 4.5l-4.5 4.5l-4.5 -4.5z" fill="{colour}"/>'
+
+
+def _legend(report: RobustnessReport) -> str:
+    entries = []
+    for model in report.models:
+        for method in report.methods:
+            colour, dash, mark = _style(report, model, method)
+            line = f'<line x1="0" y1="6" x2="34" y2="6" stroke="{colour}" stroke-width="2" stroke-dasharray="{dash}"/>'
+            picture = f'<svg viewBox="0 0 34 12" aria-hidden="true">{line}{_mark(mark, 17, 6, colour)}</svg>'
+            entries.append(f"<li>{picture}{html.escape(model)}, {html.escape(method)}</li>")
+    return f'<ul class="key">{"".join(entries)}</ul>'
+
+
+def _plot(report: RobustnessReport, name: str) -> str:
+    """Draw one figure by severity as SVG whose text follows the theme."""
+    curves = {(m, c): report.curve(m, c, name) for m in report.models for c in report.methods}
+    values = [value for curve in curves.values() for value in curve.values()]
+    severities = sorted({severity for curve in curves.values() for severity in curve})
+    low, high = min(values), max(values)
+    span, steps = (high - low) or abs(high) or 1.0, max(len(severities) - 1, 1)
+
+    def place(severity: int, value: float) -> tuple[float, float]:
+        return 52 + 296 * severities.index(severity) / steps, 196 - 172 * (value - low) / span
+
+    title = html.escape(FIGURES.get(name, (name,))[0])
+    parts = [f'<svg viewBox="0 0 360 236" role="img" aria-label="{title} by severity">']
+    for value in (low, low + span / 2, low + span):
+        y = place(severities[0], value)[1]
+        parts.append(f'<line class="axis" x1="48" y1="{y:.1f}" x2="352" y2="{y:.1f}"/>')
+        parts.append(f'<text x="44" y="{y + 4:.1f}" font-size="11" text-anchor="end">{value:.3g}</text>')
+    for severity in severities:
+        x = place(severity, low)[0]
+        parts.append(f'<text x="{x:.1f}" y="214" font-size="11" text-anchor="middle">{severity}</text>')
+    parts.append('<text x="200" y="231" font-size="11" text-anchor="middle">severity</text>')
+    for (model, method), curve in curves.items():
+        colour, dash, mark = _style(report, model, method)
+        points = [place(severity, value) for severity, value in sorted(curve.items())]
+        line = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
+        parts.append(
+            f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="2" stroke-dasharray="{dash}"/>'
+        )
+        parts += [_mark(mark, x, y, colour) for x, y in points]
+    return f"<figure>{''.join(parts)}</svg><figcaption>{_caption(name)}</figcaption></figure>"
+
+
+def _table(columns: list[str], rows: list[list[str]]) -> str:
+    """Set a table whose cells are ready-made `<td>`s or plain text."""
+    head = "".join(f'<th scope="col">{html.escape(column)}</th>' for column in columns)
+    body = []
+    for row in rows:
+        cells = [cell if cell.startswith("<td") else f"<td>{html.escape(cell)}</td>" for cell in row]
+        body.append(f"<tr>{''.join(cells)}</tr>")
+    table = f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table>"
+    return f'<div class="scroll" tabindex="0">{table}</div>'
+
+
+def _matrix(report: RobustnessReport, name: str) -> str:
+    rows = []
+    for model, values in report.cross_matrix(name).items():
+        home = report.trained_on.get(model)
+        cells = [
+            f'<td class="home">{value:.4g}</td>' if method == home else f"<td>{value:.4g}</td>"
+            for method, value in values.items()
+        ]
+        rows.append([model, *cells])
+    if not rows:
+        return ""
+    return f"<p>{_caption(name)}</p>" + _table(["model", *report.methods], rows)
+
+
+def _gap(report: RobustnessReport, name: str) -> str:
+    gaps = report.clean_gap(name)
+    if not gaps:
+        return ""
+    rows = [[model, *(f"{value:+.4g}" for value in values.values())] for model, values in gaps.items()]
+    return f"<p>{_caption(name)}</p>" + _table(["model", *report.methods], rows)
+
+
+def _paper(report: RobustnessReport) -> str:
+    rows = [[f"paper, batch size {size}", f"{value:.5f}"] for size, value in PAPER_PIXEL_DISSIMILARITY.items()]
+    for model, values in report.cross_matrix("pixel_dissimilarity").items():
+        rows += [[f"{model}, {method} cartoons", f"{value:.5f}"] for method, value in values.items()]
+    note = (
+        '<p class="soft">Cosine dissimilarity of pixels. The paper (arXiv 2101.09793) used other photographs and its '
+        "own cartoons, so only the order of magnitude compares.</p>"
+    )
+    return note + _table(["run", "cosine dissimilarity"], rows)
+
+
+def _all_rows(report: RobustnessReport) -> str:
+    columns = ["model", "cartoonizer", "severity", *(FIGURES.get(name, (name,))[0] for name in report.figures)]
+    rows = [
+        [row["model"], row["method"], str(row["severity"]), *(_cell(row[name]) for name in report.figures)]
+        for row in report.rows
+    ]
+    return _table(columns, rows)
+
+
+def _cell(value: float | None) -> str:
+    return "identical" if value is None else f"{value:.4g}"
+
+
+def _sample(name: str, sheet: Image.Image) -> str:
+    memory = io.BytesIO()
+    sheet.save(memory, format="PNG")
+    data = base64.b64encode(memory.getvalue()).decode()
+    text = html.escape(name)
+    return (
+        f'<figure><div class="scroll" tabindex="0"><img src="data:image/png;base64,{data}" alt="Samples: {text}" '
+        f'width="{sheet.width}" height="{sheet.height}"></div><figcaption>{text}</figcaption></figure>'
+    )
+
+
+def _file_name(title: str) -> str:
+    return "".join(letter if letter.isalnum() else "_" for letter in title).strip("_")
+
+
+def _write_text(path: Path, text: Any) -> Path:
+    """Write a file that is there whole or not at all."""
+    handle, temporary = tempfile.mkstemp(prefix=".saving-", dir=path.parent)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    return path

@@ -1,0 +1,117 @@
+"""`hf-efficient cartoonize`, `translate`, `robustness` and `convert-pix2pix`: results, and a sentence on wrong input."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import pipeline
+
+from hf_efficient import cartoonize
+from hf_efficient.cli import main
+
+
+pytest.importorskip("cv2")
+
+
+@pytest.fixture
+def checkpoint(tmp_path, tiny_model):
+    tiny_model.save_pretrained(tmp_path / "checkpoint")
+    return str(tmp_path / "checkpoint")
+
+
+def test_cartoonize_keeps_names_and_folders(tmp_path, picture_folder, picture):
+    (picture_folder / "more").mkdir()
+    picture(12, 12).save(picture_folder / "more" / "photo.jpg")
+    out = tmp_path / "out"
+    assert (
+        main(["cartoonize", str(picture_folder), str(out), "--method", "palette", "--strength", "5", "--quiet"]) == 0
+    )
+    names = sorted(str(path.relative_to(out)) for path in out.rglob("*.png"))
+    assert names == ["0.png", "1.png", "2.png", "more/photo.png"]
+    expected = cartoonize(Image.open(picture_folder / "1.png"), method="palette", strength=5)
+    assert np.array_equal(Image.open(out / "1.png"), expected)
+
+
+def test_translate_uses_the_pipeline(tmp_path, picture_folder, checkpoint, capsys):
+    out = tmp_path / "out"
+    assert (
+        main(["translate", checkpoint, str(picture_folder), str(out), "--batch-size", "2", "--json", "-", "--quiet"])
+        == 0
+    )
+    assert len(json.loads(capsys.readouterr().out)["files"]) == 3
+    expected = pipeline("image-to-image", model=checkpoint)(str(picture_folder / "2.png"))
+    assert Image.open(out / "2.png").size == (30, 9)
+    assert np.abs(np.asarray(Image.open(out / "2.png"), int) - np.asarray(expected, int)).max() <= 1
+    assert main(["translate", checkpoint, str(picture_folder / "0.png"), str(tmp_path / "one"), "--quiet"]) == 0
+    assert [path.name for path in (tmp_path / "one").iterdir()] == ["0.png"]
+
+
+@pytest.mark.parametrize("command", ["cartoonize", "translate"])
+def test_a_broken_picture_is_named_and_stops_nothing(tmp_path, picture_folder, checkpoint, capsys, command):
+    (picture_folder / "0a.png").write_text("no picture")
+    out = tmp_path / "out"
+    arguments = [checkpoint] if command == "translate" else []
+    assert main([command, *arguments, str(picture_folder), str(out), "--quiet"]) == 2
+    error = capsys.readouterr().err
+    assert "0a.png" in error
+    assert "3 of 4 pictures were written" in error
+    assert "Traceback" not in error
+    assert sorted(path.name for path in out.iterdir()) == ["0.png", "1.png", "2.png"]
+
+
+def test_robustness_writes_a_report(tmp_path, picture_folder, checkpoint, picture):
+    pytest.importorskip("torchmetrics")
+    import datasets
+
+    out, settings = tmp_path / "out", ["--methods", "palette", "--severities", "0", "5", "--quiet"]
+    assert main(["robustness", checkpoint, str(picture_folder), "--output", str(out), *settings]) == 0
+    data = json.loads((out / "robustness.json").read_text())
+    assert (data["images"], len(data["rows"])) == (3, 4)
+    assert (out / "index.html").exists()
+    table = datasets.Dataset.from_dict({"photo": [picture(16, 16)] * 2}).cast_column("photo", datasets.Image())
+    table.to_parquet(str(tmp_path / "photos.parquet"))
+    arguments = [f"a={checkpoint}", f"b={checkpoint}", "--data", str(tmp_path / "photos.parquet"), "--column", "photo"]
+    arguments += ["--trained-on", "a=palette", "--limit", "1", "--output", str(out)]
+    assert main(["robustness", *arguments, *settings]) == 0
+    data = json.loads((out / "robustness.json").read_text())
+    assert (data["images"], data["trained_on"], len(data["rows"])) == (1, {"a": "palette"}, 6)
+
+
+def test_convert_says_what_it_found(tmp_path, capsys, monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    from test_convert import UNet
+
+    torch.save(UNet(7, 2, "batch").state_dict(), tmp_path / "latest_net_G.pth")
+    assert main(["convert-pix2pix", str(tmp_path / "latest_net_G.pth"), str(tmp_path / "out")]) == 0
+    assert "unet with 7 levels, 2 channels, batch norm" in capsys.readouterr().out
+    assert main(["convert-pix2pix", str(tmp_path / "latest_net_G.pth"), str(tmp_path / "out")]) == 2
+    assert "overwrite" in capsys.readouterr().err
+
+
+def test_wrong_input_gets_one_sentence_and_exit_code_2(tmp_path, picture_folder, checkpoint, capsys):
+    (tmp_path / "empty").mkdir()
+    cases = [
+        (["cartoonize", str(tmp_path / "empty"), "out"], "holds no picture"),
+        (["cartoonize", "nowhere", "out"], "nowhere is neither a picture nor a folder"),
+        (["cartoonize", str(picture_folder), str(picture_folder)], "would be replaced by its own result"),
+        (["cartoonize", str(picture_folder), str(tmp_path / "out"), "--method", "sketch"], "got 'sketch'"),
+        (["cartoonize", str(picture_folder), str(tmp_path / "out"), "--strength", "9"], "0 to 5, got 9"),
+        (
+            ["translate", checkpoint, str(picture_folder), str(tmp_path / "out"), "--batch-size", "0"],
+            "at least 1, got 0",
+        ),
+        (["translate", str(tmp_path / "empty"), str(picture_folder), str(tmp_path / "out")], "empty"),
+        (["robustness", checkpoint], "DATA is missing"),
+        (["robustness", checkpoint, "--data", str(picture_folder), "--trained-on", "x=palette"], "'x'"),
+        (["robustness", checkpoint, str(picture_folder), "--methods", "sketch"], "got ['sketch']"),
+        (["convert-pix2pix", "nowhere.pth", str(tmp_path / "out")], "nowhere.pth"),
+    ]
+    for arguments, message in cases:
+        assert main([*arguments, "--quiet"]) == 2, arguments
+        error = capsys.readouterr().err
+        assert message in error, arguments
+        assert "Traceback" not in error
+        assert error.strip().count("\n") == 0, error

@@ -1,0 +1,51 @@
+"""The `evaluate` modules load by path and equal torchmetrics."""
+
+import numpy as np
+import pytest
+import torch
+
+
+evaluate = pytest.importorskip("evaluate")
+functional = pytest.importorskip("torchmetrics.functional.image")
+
+
+@pytest.fixture
+def images(picture):
+    predictions = [picture(16, 16), picture(20, 24)]
+    return predictions, [picture(16, 17).resize((16, 16)), picture(20, 25).resize((24, 20))]
+
+
+def tensors(images):
+    return [torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 255 for image in images]
+
+
+@pytest.mark.parametrize(
+    ("name", "function"),
+    [("psnr", "peak_signal_noise_ratio"), ("ssim", "structural_similarity_index_measure")],
+)
+def test_the_modules_equal_torchmetrics(repository, images, name, function):
+    metric = evaluate.load(str(repository / "hf_efficient" / "metrics" / name))
+    pairs = zip(*(tensors(side) for side in images))
+    expected = np.mean([float(getattr(functional, function)(*pair, data_range=1.0)) for pair in pairs])
+    assert metric.compute(predictions=images[0], references=images[1])[name] == pytest.approx(expected, abs=1e-5)
+    for prediction, reference in zip(*images):
+        metric.add(prediction=prediction, reference=reference)
+    assert metric.compute()[name] == pytest.approx(expected, abs=1e-5)
+    with pytest.raises(ValueError, match=r"Pair 0 must have one size, got \(16, 16\) and \(24, 20\) pixels"):
+        metric.compute(predictions=[images[0][0]], references=[images[1][1]])
+
+
+def test_kid_needs_a_network_and_separates_two_sets(repository, images):
+    metric = evaluate.load(str(repository / "hf_efficient" / "metrics" / "kid"))
+
+    def colours(pixels: torch.Tensor) -> torch.Tensor:
+        return torch.cat([pixels.mean((2, 3)), pixels.std((2, 3))], 1)
+
+    same = metric.compute(predictions=images[0], references=images[0], features=colours)
+    other = metric.compute(predictions=images[0], references=images[1], features=colours)
+    assert same["kid"] <= other["kid"]
+    assert other == metric.compute(predictions=images[0], references=images[1], features=colours)
+    with pytest.raises(ValueError, match="`features` is missing"):
+        metric.compute(predictions=images[0], references=images[1])
+    with pytest.raises(ValueError, match="At least 2 images are needed on each side, got 1"):
+        metric.compute(predictions=images[0][:1], references=images[1][:1], features=colours)

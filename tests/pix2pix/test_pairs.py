@@ -1,0 +1,108 @@
+"""Pairs from two columns, from one column and a cartoonizer, and from a folder of A|B pictures."""
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from hf_efficient import cartoonize
+from hf_efficient.pix2pix.figures_pix2pix import sample_sheet, save_picture
+from hf_efficient.pix2pix.pairs_pix2pix import ImagePairs, SideBySideFolder
+
+
+def pixels(image) -> torch.Tensor:
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
+
+
+def test_two_columns_of_a_data_set(picture):
+    table = datasets.Dataset.from_dict({"labels": [picture(16, 16)], "photo": [picture(17, 17).resize((16, 16))]})
+    pair = ImagePairs(table, "photo", "labels", size=16)[0]
+    torch.testing.assert_close(pair["pixel_values"], pixels(table[0]["labels"]), atol=1e-6, rtol=0)
+    torch.testing.assert_close(pair["labels"], pixels(table[0]["photo"]), atol=1e-6, rtol=0)
+
+
+def test_one_column_and_a_cartoonizer(picture):
+    pairs = ImagePairs([{"photo": picture(32, 32)}], "photo", size=32, method="palette", strength=5)
+    pair = pairs[0]
+    torch.testing.assert_close(pair["labels"], pixels(picture(32, 32)), atol=1e-6, rtol=0)
+    cartoon = cartoonize(picture(32, 32), method="palette", strength=5)
+    torch.testing.assert_close(pair["pixel_values"], pixels(cartoon), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("source", ["left", "right"])
+def test_a_folder_of_pictures_side_by_side(tmp_path, picture, source):
+    for number in range(2):
+        both = Image.new("RGB", (32, 16))
+        both.paste(picture(16, 16), (0, 0))
+        both.paste(picture(17, 17).resize((16, 16)), (16, 0))
+        both.save(tmp_path / f"{number}.png")
+    (tmp_path / "notes.txt").write_text("no picture")
+    rows = SideBySideFolder(tmp_path, source)
+    assert len(rows) == 2
+    pair = ImagePairs(rows, "target", "source", size=16)[1]
+    left, right = pixels(picture(16, 16)), pixels(picture(17, 17).resize((16, 16)))
+    expected = (left, right) if source == "left" else (right, left)
+    torch.testing.assert_close((pair["pixel_values"], pair["labels"]), expected, atol=1e-6, rtol=0)
+
+
+def test_both_images_are_augmented_alike_and_again_alike(picture):
+    rows = [{"photo": picture(40, 40), "same": picture(40, 40)}]
+    pairs = ImagePairs(rows, "photo", "same", size=32, jitter=8, flip=True, seed=1)
+    views = []
+    for epoch in range(12):
+        pairs.set_epoch(epoch)
+        pair = pairs[0]
+        assert pair["labels"].shape == (3, 32, 32)
+        assert torch.equal(pair["pixel_values"], pair["labels"])
+        assert torch.equal(pairs[0]["labels"], pair["labels"])
+        views.append(pair["labels"])
+    assert len({view.numpy().tobytes() for view in views}) > 8
+    other = ImagePairs(rows, "photo", "same", size=32, jitter=8, flip=True, seed=2)
+    assert any(not torch.equal(other[0]["labels"], view) for view in views[:1])
+
+
+def test_grey_sources(picture):
+    pair = ImagePairs([{"photo": picture(8, 8)}], "photo", size=8, strength=0, num_channels=1)[0]
+    assert (pair["pixel_values"].shape, pair["labels"].shape) == ((1, 8, 8), (3, 8, 8))
+
+
+def test_wrong_pairs_are_named(tmp_path, picture):
+    rows = [{"a": picture(16, 16), "b": picture(16, 20)}]
+    with pytest.raises(ValueError, match=r"Row 0: .*one size, got 16x16 and 20x16 pixels in 'a' and 'b'"):
+        ImagePairs(rows, "b", "a")[0]
+    with pytest.raises(ValueError, match="`target_column` must be one of the columns a, b, got 'photo'"):
+        ImagePairs(rows, "photo")
+    with pytest.raises(ValueError, match="`source_column` must be one of the columns a, b, got 'c'"):
+        ImagePairs(rows, "b", "c")
+    with pytest.raises(ValueError, match="Row 0: the column 'a' must hold images, got str"):
+        ImagePairs([{"a": "file.png"}], "a")[0]
+    with pytest.raises(ValueError, match="at least one pair"):
+        ImagePairs([], "a")
+    with pytest.raises(ValueError, match="got 'sketch' and 3"):
+        ImagePairs(rows, "a", method="sketch")
+    with pytest.raises(ValueError, match="got 0 and 0"):
+        ImagePairs(rows, "a", size=0)
+    with pytest.raises(FileNotFoundError, match="holds no picture"):
+        SideBySideFolder(tmp_path)
+    picture(16, 31).save(tmp_path / "odd.png")
+    (tmp_path / "text.png").write_text("no picture")
+    folder = SideBySideFolder(tmp_path)
+    with pytest.raises(ValueError, match=r"odd\.png must hold two images of one size .* 31 pixels is odd"):
+        folder[0]
+    with pytest.raises(ValueError, match=r"text\.png is no readable picture"):
+        folder[1]
+    with pytest.raises(ValueError, match='"left" or "right", got \'top\''):
+        SideBySideFolder(tmp_path, "top")
+
+
+def test_sheets(tmp_path, picture):
+    sheet = sample_sheet([[picture(), picture(8, 8)]] * 2, ["source", "a very long title"], row_titles=["one", "two"])
+    assert np.array_equal(np.asarray(sheet)[22:38, 4:20], picture())
+    path = save_picture(sheet, tmp_path / "new" / "sheet.png")
+    assert np.array_equal(Image.open(path), sheet)
+    with pytest.raises(ValueError, match="one picture for each of 2 titles, got 1"):
+        sample_sheet([[picture()]], ["a", "b"])
+    with pytest.raises(ValueError, match="unknown file extension"):
+        save_picture(sheet, path.with_suffix(".abc"))
+    assert [file.name for file in path.parent.iterdir()] == ["sheet.png"]

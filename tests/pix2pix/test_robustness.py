@@ -1,0 +1,200 @@
+"""The grid, the cross matrix and the page: every figure equals torchmetrics' on the same images."""
+
+import json
+import math
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from hf_efficient import Pix2PixConfig, Pix2PixModel, cartoonize, evaluate_robustness
+from hf_efficient.pix2pix.robustness_pix2pix import IDENTITY
+
+
+pytest.importorskip("cv2")
+torchmetrics = pytest.importorskip("torchmetrics")
+
+
+class Colours(nn.Module):
+    """A feature network small enough for a test: mean and spread of each colour."""
+
+    name = "colours"
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return torch.cat([images.mean((2, 3)), images.std((2, 3))], 1)
+
+
+@pytest.fixture
+def photos(picture):
+    return [{"image": picture(24, 24 + 8 * number)} for number in range(4)]
+
+
+@pytest.fixture(scope="module")
+def small() -> Pix2PixModel:
+    torch.manual_seed(0)
+    return Pix2PixModel(Pix2PixConfig(num_levels=3, base_channels=4, image_size=16)).eval()
+
+
+@pytest.fixture(scope="module")
+def report(small):
+    """Severities 0, 2 and 5 of a small generator, and of one that gives each cartoon back."""
+    echo = Pix2PixModel(Pix2PixConfig(num_levels=1, base_channels=1, image_size=8))
+    echo.network.forward = lambda pixels: pixels
+    noise, photos = np.random.default_rng(0), []
+    for number in range(4):
+        values = Image.fromarray(noise.integers(0, 256, (4, 4, 3), dtype=np.uint8))
+        photos.append({"image": values.resize((24 + 8 * number, 24), Image.Resampling.BICUBIC)})
+    models, trained_on = {"small": small, "echo": echo}, {"small": "palette"}
+    settings = {"severities": (0, 2, 5), "features": Colours(), "num_samples": 2, "trained_on": trained_on}
+    report = evaluate_robustness(models, photos, **settings)
+    report.photos = photos
+    return report
+
+
+def test_every_cell_of_the_grid_is_measured(report):
+    assert report.models == [IDENTITY, "small", "echo"]
+    assert report.methods == ["bilateral", "palette", "mean_shift"]
+    cells = {(row["model"], row["method"], row["severity"]) for row in report.rows}
+    assert len(cells) == len(report.rows) == 3 * 3 * 3
+    assert report.figures == ["psnr", "ssim", "pixel_dissimilarity", "kid", "feature_cosine"]
+    assert (report.images, report.feature_network) == (4, "colours")
+
+
+def test_figures_are_those_of_torchmetrics(report):
+    row = next(r for r in report.rows if (r["model"], r["method"], r["severity"]) == (IDENTITY, "palette", 5))
+    pairs = []
+    for photo in report.photos:
+        cartoon = cartoonize(photo["image"], method="palette", strength=5)
+        pairs.append([torch.from_numpy(np.array(x)).permute(2, 0, 1)[None] / 255 for x in (cartoon, photo["image"])])
+    functional = torchmetrics.functional
+    psnr = [functional.image.peak_signal_noise_ratio(*pair, data_range=1.0) for pair in pairs]
+    ssim = [functional.image.structural_similarity_index_measure(*pair, data_range=1.0) for pair in pairs]
+    cosine = [functional.cosine_similarity(*(x.flatten()[None].double() for x in pair)) for pair in pairs]
+    assert row["psnr"] == pytest.approx(np.mean(psnr), abs=1e-4)
+    assert row["ssim"] == pytest.approx(np.mean(ssim), abs=1e-4)
+    assert row["pixel_dissimilarity"] == pytest.approx(1 - np.mean([float(c) for c in cosine]), abs=1e-6)
+    metric = torchmetrics.image.kid.KernelInceptionDistance(feature=Colours(), subsets=50, subset_size=4)
+    for cartoon, photo in pairs:
+        metric.update(photo, real=True)
+        metric.update(cartoon, real=False)
+    torch.manual_seed(0)
+    assert row["kid"] == pytest.approx(float(metric.compute()[0]), abs=1e-6)
+
+
+def test_a_generator_that_gives_back_its_input_equals_the_cartoon_itself(report):
+    for method in report.methods:
+        for figure in report.figures:
+            curves = [report.curve(model, method, figure) for model in ("echo", IDENTITY)]
+            assert curves[0] == pytest.approx(curves[1], abs=1e-6)
+
+
+def test_severity_zero_is_the_photograph_and_more_severity_is_worse(report):
+    for method in report.methods:
+        assert 0 not in report.curve(IDENTITY, method, "psnr")  # no error: there is no such figure
+        assert report.curve(IDENTITY, method, "ssim")[0] == pytest.approx(1)
+        assert report.curve(IDENTITY, method, "pixel_dissimilarity")[0] == pytest.approx(0, abs=1e-7)
+        assert report.curve(IDENTITY, method, "psnr")[2] > report.curve(IDENTITY, method, "psnr")[5]
+
+
+def test_the_matrix_averages_cartoons_and_the_gap_starts_at_the_photograph(report):
+    curve = report.curve("small", "bilateral", "ssim")
+    assert report.cross_matrix("ssim")["small"]["bilateral"] == pytest.approx((curve[2] + curve[5]) / 2)
+    assert report.clean_gap("ssim")["small"]["bilateral"] == pytest.approx((curve[2] + curve[5]) / 2 - curve[0])
+    assert "bilateral" not in report.clean_gap("psnr").get(IDENTITY, {})
+
+
+def test_the_same_call_gives_the_same_figures(small, report):
+    settings = {"severities": (5,), "methods": ["palette"], "features": Colours()}
+    again = evaluate_robustness({"small": small}, report.photos, **settings)
+    row = next(r for r in report.rows if (r["model"], r["method"], r["severity"]) == ("small", "palette", 5))
+    assert again.rows[1] == pytest.approx(row)
+
+
+def test_extra_metrics_and_limits(tiny_model, photos):
+    kid = torchmetrics.image.kid.KernelInceptionDistance(feature=Colours(), subsets=2, subset_size=3)
+    extra = {"set_distance": kid, "mse": torchmetrics.MeanSquaredError()}
+    report = evaluate_robustness(
+        tiny_model,
+        [row["image"] for row in photos],
+        severities=(3,),
+        methods=["bilateral"],
+        limit=3,
+        extra_metrics=extra,
+    )
+    assert report.images == 3
+    assert report.figures == ["psnr", "ssim", "pixel_dissimilarity", "set_distance", "mse"]
+    assert all(math.isfinite(row["set_distance"]) and row["mse"] > 0 for row in report.rows)
+
+
+def test_the_report_is_written(report, tmp_path):
+    page = report.save(tmp_path / "report", title="A <title>")
+    names = {path.name for path in page.parent.iterdir()}
+    assert {"index.html", "robustness.json", "robustness.png"} <= names
+    assert not [name for name in names if name.startswith(".")]
+    assert sum(name.startswith("samples_") for name in names) == 9
+    data = json.loads((page.parent / "robustness.json").read_text())
+    assert data == json.loads(json.dumps(report.to_dict()))
+    text = page.read_text()
+    assert "A &lt;title&gt;" in text
+    assert not re.search(r'(src|href)="(?!data:)', text)  # needs no other file
+    assert text.count("<img ") == 9
+    assert text.count('<svg viewBox="0 0 360 236"') == 5
+    assert 'class="home"' in text
+    for tag in ("table", "figure", "svg", "main", "ul"):
+        assert len(re.findall(rf"<{tag}[ >]", text)) == text.count(f"</{tag}>"), tag
+    assert Image.open(page.parent / "robustness.png").size[0] > 800
+    for value in ("0.00136", "0.00622", "0.01052"):
+        assert value in text
+    assert all(math.isfinite(entry["value"]) for entry in report.metrics("photos", "test"))
+    assert str(report).count("\n") == len(report.rows)
+
+
+def test_wrong_input_is_named(tiny_model, photos, tmp_path):
+    with pytest.raises(ValueError, match=r"some of bilateral, palette, mean_shift, got \['sketch'\]"):
+        evaluate_robustness(tiny_model, photos, methods=["sketch"])
+    with pytest.raises(ValueError, match=r"whole numbers from 0 to 5, got \[6\]"):
+        evaluate_robustness(tiny_model, photos, severities=[6])
+    with pytest.raises(ValueError, match="one of the columns image, got 'photo'"):
+        evaluate_robustness(tiny_model, photos, image_column="photo")
+    with pytest.raises(ValueError, match="at least one photograph"):
+        evaluate_robustness(tiny_model, [])
+    with pytest.raises(ValueError, match="must hold images, got str in its row 0"):
+        evaluate_robustness(tiny_model, ["a.png"])
+    with pytest.raises(ValueError, match="a pipeline or a path, got int"):
+        evaluate_robustness(3, photos)
+    with pytest.raises(FileNotFoundError, match="weights of tf_efficientnet_lite0"):
+        evaluate_robustness(tiny_model, photos, features=tmp_path / "nothing.safetensors")
+
+
+def _chromium() -> str | None:
+    names = ("chromium", "chromium-browser", "google-chrome", "chrome", "chrome-headless-shell")
+    return next((path for path in map(shutil.which, names) if path), None)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(_chromium() is None, reason="no Chromium on this machine; install the package `chromium`")
+@pytest.mark.parametrize("width", [400, 1400])
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_the_page_in_a_browser(report, tmp_path, width, theme):
+    page = report.save(tmp_path / "report")
+    picture = tmp_path / "page.png"
+    command = [_chromium(), "--headless", "--no-sandbox", "--hide-scrollbars", f"--window-size={width},900"]
+    command += [f"--user-data-dir={tmp_path / 'profile'}"]
+    command += ["--blink-settings=preferredColorScheme=" + ("0" if theme == "dark" else "1")]
+    subprocess.run([*command, f"--screenshot={picture}", page.as_uri()], check=True, capture_output=True, timeout=120)
+    pixels = np.asarray(Image.open(picture).convert("L"))
+    assert pixels.shape[1] == width
+    assert (pixels[:, :8].mean() < 60) == (theme == "dark")  # the margin has the colour of the theme
+    assert pixels.std() > 5
+    probe = Path(tmp_path / "probe.html")
+    script = "<script>document.title = document.documentElement.scrollWidth - innerWidth</script>"
+    probe.write_text(page.read_text().replace("</body>", script + "</body>"))
+    done = subprocess.run([*command, "--dump-dom", probe.as_uri()], check=True, capture_output=True, timeout=120)
+    overflow = int(re.search(r"<title>(-?\d+)</title>", done.stdout.decode())[1])
+    assert overflow <= 0  # nothing sticks out: wide tables and sheets scroll inside their frame
