@@ -7,7 +7,7 @@ Dynamic-LLaVA), `random` (drawn anew for every image and step) and `uniform` (ev
 on for the same steps, shows what the steps alone bring. Answers come from `generate()`; weights are rounded to fp16
 before they are measured, as they are published. An interrupted run goes on where it was.
 
-    python examples/dynamic_llava_easy_vqa.py --output easy_vqa_run --final --card model_cards/dynamic-llava-easy-vqa
+    python examples/dynamic_llava_easy_vqa.py --final --card model_cards/dynamic-llava-easy-vqa
 
 measures on the test split (9,673 questions) and writes the checkpoint of the first seed with its card. Without
 `--final` everything is measured on the 400 training images that are held out: there the settings were chosen.
@@ -33,6 +33,7 @@ from dynamic_llava_easy_vqa_pretrain import STEPS as PRETRAINING_STEPS
 from dynamic_llava_easy_vqa_pretrain import TRAIN_IMAGES, arguments, fit, pretrain
 from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration, LlavaProcessor, Trainer, set_seed
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from hf_efficient import DynamicLlavaForConditionalGeneration, DynamicLlavaTrainer, DynamicLlavaTrainingArguments
 from hf_efficient.results import run_meta, write_whole
@@ -40,7 +41,7 @@ from hf_efficient.results import run_meta, write_whole
 
 KEEP_RATE = 0.2
 ARMS = ("learned", "random", "uniform")
-STEPS, BATCH = 150, 24
+STEPS, BATCH = 120, 24
 LEARNING_RATE, PREDICTOR_LEARNING_RATE = 5e-4, 3e-3
 
 
@@ -110,12 +111,16 @@ def measure(model: nn.Module, data: EasyVQA, processor: LlavaProcessor, rows: li
     start, tokenizer, encoded = time.time(), processor.tokenizer, encode(data, processor)
     model.half().float().eval()
     torch.manual_seed(0)  # for the random control
+    images = sorted({data.image_of[row] for row in rows})
+    parts = [data.pixels(torch.tensor(images[begin : begin + batch])) for begin in range(0, len(images), batch)]
+    parts = [feature for part in parts for feature in model.get_image_features(part, return_dict=True).pooler_output]
+    features = dict(zip(images, parts, strict=True))  # each image is encoded once, not once a question
     hits = {"all": []}
     for begin in range(0, len(rows), batch):
         part = rows[begin : begin + batch]
         inputs = tokenizer.pad({"input_ids": [encoded[row][0] for row in part]}, return_tensors="pt")
-        pixels = data.pixels(torch.tensor([data.image_of[row] for row in part]))
-        tokens = model.generate(**inputs, pixel_values=pixels, do_sample=False)
+        shown = BaseModelOutputWithPooling(pooler_output=[features[data.image_of[row]] for row in part])
+        tokens = model.generate(**inputs, mm_encoder_outputs={"image": shown}, do_sample=False)
         said = tokenizer.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         for row, answer in zip(part, said, strict=True):
             truth = data.answers[row]
@@ -152,7 +157,7 @@ def run_arm(options: argparse.Namespace, arm: str, seed: int, train: EasyVQA, pr
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path("easy_vqa_run"), help="folder of all trainings")
+    parser.add_argument("--output", type=Path, default=Path("runs/easy_vqa"), help="folder of all trainings")
     parser.add_argument("--data", help="folder of parquet files instead of the easy-vqa wheel")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds of the sparsification")
     parser.add_argument("--arms", nargs="+", default=["dense", "dense_continued", *ARMS], help="which arms to run")

@@ -9,6 +9,7 @@ Run as a script it writes a sheet of training images and their augmented version
 
 import argparse
 import re
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -188,6 +189,17 @@ def encode(data: EasyVQA, processor: LlavaProcessor) -> list[tuple[list[int], li
     end = processor.tokenizer.eos_token_id
     answers = {answer: [processor.tokenizer.convert_tokens_to_ids(answer), end] for answer in set(data.answers)}
     return [(known[q], answers[a]) for q, a in zip(data.questions, data.answers, strict=True)]
+
+
+def balance(data: EasyVQA) -> list[float]:
+    """Weight of every question: yes and no equally frequent for each wording, few with "no" or "not" in them."""
+    pairs, texts = Counter(zip(data.questions, data.answers, strict=True)), Counter(data.questions)
+    weights = []
+    for text, answer in zip(data.questions, data.answers, strict=True):
+        negated = " no " in text or " not " in text
+        even = texts[text] / pairs[text, answer] * (0.25 if negated else 1.0)
+        weights.append(even if answer in ("yes", "no") else 1.0)
+    return weights
 
 
 class QuestionCollator:

@@ -1,4 +1,4 @@
-"""A CLIP-type vision tower that learns shapes: the model and the collator of the first step of the pretraining."""
+"""Before a LLaVA learns to answer: a CLIP-type tower that learns shapes, and how tower and decoder are joined."""
 
 import math
 import random
@@ -8,7 +8,7 @@ import torch
 from dynamic_llava_easy_vqa_data import COLORS, PATCH, SHAPES, SIZE, EasyVQA
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import CLIPVisionConfig, CLIPVisionModel
+from transformers import CLIPVisionConfig, CLIPVisionModel, LlavaForConditionalGeneration, LlavaProcessor
 
 
 class TowerWithHeads(nn.Module):
@@ -65,3 +65,44 @@ def collate_images(data: EasyVQA, augment: bool = True) -> Callable[[list[int]],
         return {"pixel_values": pixels, "inked": inked, "shape": data.shape[images], "color": data.color[images]}
 
     return collate
+
+
+@torch.no_grad()
+def start_alike(model: LlavaForConditionalGeneration) -> None:
+    """Start every attention layer with equal query and key weights: tokens look at what resembles them."""
+    width = model.config.text_config.hidden_size
+    for layer in model.model.language_model.layers:
+        attention = layer.self_attn
+        key = torch.randn_like(attention.k_proj.weight) / math.sqrt(width)
+        attention.k_proj.weight.copy_(key)
+        heads = key.view(-1, attention.head_dim, width).repeat_interleave(attention.num_key_value_groups, 0)
+        attention.q_proj.weight.copy_(heads.reshape(-1, width))
+
+
+def align_projector(
+    model: LlavaForConditionalGeneration, batch: dict[str, Tensor], processor: LlavaProcessor, steps: int
+) -> float:
+    """Map each patch to the sum of the word embeddings of its shape and colour, background to that of `<image>`.
+
+    Trains the projector alone, as LLaVA's own first stage does; gives the last loss as a share of the variance.
+    """
+    with torch.no_grad():
+        tower = model.model.vision_tower.eval()
+        parts = [tower(pixels).last_hidden_state[:, 1:] for pixels in batch["pixel_values"].split(200)]
+        words = model.get_input_embeddings().weight
+        ids = processor.tokenizer.convert_tokens_to_ids
+        shapes, colors = (words[ids(list(names))] for names in (SHAPES, COLORS))
+        shown = (shapes[batch["shape"]] + colors[batch["color"]])[:, None]
+        inked = batch["inked"][..., None]
+        target = (inked * shown + (1 - inked) * words[processor.image_token_id]).flatten(0, 1)
+    features, inked = torch.cat(parts).flatten(0, 1), inked.flatten()
+    projector, scale = model.model.multi_modal_projector, target.var()
+    optimizer = torch.optim.AdamW(projector.parameters(), lr=3e-3)
+    where = [inked.bool().nonzero()[:, 0], (1 - inked).nonzero()[:, 0]]
+    for _ in range(steps):
+        chosen = torch.cat([rows[torch.randint(len(rows), (1024,))] for rows in where])
+        loss = ((projector(features[chosen]) - target[chosen]) ** 2).mean() / scale
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return loss.item()
