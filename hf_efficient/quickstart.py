@@ -28,6 +28,7 @@ from .results import run_meta
 # title -> module of the part below this package
 _PARTS: dict[str, str] = {
     "Dynamic-LLaVA": "dynamic_llava.quickstart_dynamic_llava",
+    "ToE": "toe.quickstart_toe",
 }
 
 
