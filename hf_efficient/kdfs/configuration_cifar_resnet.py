@@ -25,7 +25,7 @@ class CifarResNetConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: object):
         self.hidden_sizes = [16, 32, 64] if self.hidden_sizes is None else list(self.hidden_sizes)
-        if kwargs.get("id2label") is None and "num_labels" not in kwargs:
+        if self.id2label is None and "num_labels" not in kwargs:
             kwargs["num_labels"] = 10
         super().__post_init__(**kwargs)
         if not isinstance(self.depth, int) or self.depth < 8 or (self.depth - 2) % 6:

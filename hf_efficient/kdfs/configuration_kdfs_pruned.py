@@ -64,10 +64,9 @@ class KDFSPrunedConfig(PreTrainedConfig):
         self.widths = dict(self.widths or {})
         self.scattered = dict(self.scattered or {})
         self.input_shape = list(self.input_shape or (3, 32, 32))
-        given = kwargs.get("id2label") is not None or "num_labels" in kwargs
-        if not given:
-            kwargs["id2label"] = dict(self.base_config.id2label)
-            kwargs["label2id"] = dict(self.base_config.label2id)
+        if self.id2label is None and "num_labels" not in kwargs:
+            self.id2label = dict(self.base_config.id2label)
+            self.label2id = dict(self.base_config.label2id or {})
         super().__post_init__(**kwargs)
         self.base_config.id2label = dict(self.id2label)
         self.base_config.label2id = dict(self.label2id or {})

@@ -243,19 +243,22 @@ class _Ladder:
                 heapq.heappush(heap, (certainty, layer))
 
     def polish(self, budget: float) -> None:
-        """Take the one step up, or the step up and step down, that ends nearest to the budget."""
-        start, best, gap = self.level, self.level, abs(budget - self.macs(self.level))
-        for up in [layer for _, layer in sorted(self.queue(1))]:
-            if gap <= 0.005 * budget:
-                break
-            self.level = self.moved(up, 1)
-            candidates = [self.level, *(self.moved(down, -1) for _, down in self.queue(-1) if down != up)]
-            self.level = start
-            for level in candidates:
-                distance = abs(self.macs(level) - budget)
-                if distance < gap:
-                    best, gap = level, distance
-        self.level = best
+        """While the budget is missed by half a percent: take the step, or the pair of steps, that ends nearest."""
+        gap = abs(budget - self.macs(self.level))
+        while gap > 0.005 * budget:
+            start, best = self.level, None
+            steps = [(layer, direction) for direction in (1, -1) for _, layer in sorted(self.queue(direction))]
+            for layer, direction in steps:
+                self.level = self.moved(layer, direction)
+                pairs = [self.moved(other, -1) for _, other in self.queue(-1) if direction > 0 and other != layer]
+                for level in [self.level, *pairs]:
+                    distance = abs(budget - self.macs(level))
+                    if distance < gap:
+                        best, gap = level, distance
+                self.level = start
+            if best is None:
+                return
+            self.level = best
 
 
 def reachable_reduction(cost: CostModel, sizes: list[int], min_filters: int, round_to: int) -> float:
