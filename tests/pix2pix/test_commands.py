@@ -1,4 +1,4 @@
-"""`hf-efficient cartoonize`, `translate`, `robustness` and `convert-pix2pix`: results, and a sentence on wrong input."""
+"""`hf-efficient cartoonize`, `translate`, `robustness` and `convert-pix2pix`: results and errors."""
 
 import json
 from pathlib import Path

@@ -8,7 +8,6 @@ import evaluate
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torchmetrics.image.kid import KernelInceptionDistance
 
 
 class Kid(evaluate.Metric):
@@ -50,6 +49,8 @@ class Kid(evaluate.Metric):
         Raises:
             ValueError: If `features` is missing or there are fewer than two images.
         """
+        from torchmetrics.image.kid import KernelInceptionDistance
+
         if features is None:
             raise ValueError("`features` is missing: pass a network, such as compute(features=network).")
         if len(predictions) < 2:

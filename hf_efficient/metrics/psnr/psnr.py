@@ -6,7 +6,6 @@ import datasets
 import evaluate
 import numpy as np
 import torch
-from torchmetrics.functional.image import peak_signal_noise_ratio
 
 
 class Psnr(evaluate.Metric):
@@ -33,6 +32,8 @@ class Psnr(evaluate.Metric):
         Raises:
             ValueError: If a pair has unequal sizes.
         """
+        from torchmetrics.functional.image import peak_signal_noise_ratio
+
         values = []
         for number, (prediction, reference) in enumerate(zip(predictions, references)):
             pair = [

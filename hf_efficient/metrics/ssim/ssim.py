@@ -6,7 +6,6 @@ import datasets
 import evaluate
 import numpy as np
 import torch
-from torchmetrics.functional.image import structural_similarity_index_measure
 
 
 class Ssim(evaluate.Metric):
@@ -33,6 +32,8 @@ class Ssim(evaluate.Metric):
         Raises:
             ValueError: If a pair has unequal sizes.
         """
+        from torchmetrics.functional.image import structural_similarity_index_measure
+
         values = []
         for number, (prediction, reference) in enumerate(zip(predictions, references)):
             pair = [
