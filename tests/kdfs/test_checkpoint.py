@@ -1,0 +1,176 @@
+"""A pruned checkpoint survives: saved, loaded, without the package, as ONNX, fine-tuned further."""
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoModel, AutoModelForImageClassification, Trainer, ViTImageProcessor
+
+from hf_efficient import KDFSPrunedConfig, KDFSPrunedModel, KDFSPrunedModelForImageClassification
+from hf_efficient.kdfs.modeling_kdfs_pruned import export_onnx
+
+
+FAMILIES = ["cifar_resnet", "resnet_bottleneck", "mobilenet_v2"]
+LOAD = """
+import json, sys
+sys.modules["optimum"] = sys.modules["torch_pruning"] = None
+import torch
+from PIL import Image
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification, pipeline
+
+result = {}
+for folder in sys.argv[1:]:
+    model = AutoModelForImageClassification.from_pretrained(folder, trust_remote_code=True).eval()
+    assert type(model).__module__.startswith("transformers_modules"), type(model).__module__
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
+    features = AutoModel.from_pretrained(folder, trust_remote_code=True).eval()
+    processor = AutoImageProcessor.from_pretrained(folder)
+    picture = Image.open(folder + "/picture.png")
+    inputs = processor(picture, return_tensors="pt")
+    with torch.no_grad():
+        logits = model(**inputs).logits
+        shape = list(features(**inputs).last_hidden_state.shape)
+    best = pipeline("image-classification", folder, trust_remote_code=True)(picture)[0]
+    model.save_pretrained(folder + "-again")
+    again = AutoModelForImageClassification.from_pretrained(folder + "-again", trust_remote_code=True).eval()
+    with torch.no_grad():
+        same = torch.equal(again(**inputs).logits, logits)
+    result[folder] = {"logits": logits.tolist(), "shape": shape, "best": best["label"], "same": same,
+                      "widths": len(config.widths)}
+print(json.dumps(result))
+"""
+
+
+def save(pruned, shape, folder):
+    pruned.save_pretrained(folder)
+    size = {"height": shape[1], "width": shape[2]}
+    ViTImageProcessor(size=size, image_mean=[0.5] * 3, image_std=[0.25] * 3).save_pretrained(folder)
+    generator = torch.Generator().manual_seed(3)
+    pixels = torch.randint(0, 256, (shape[1], shape[2], 3), generator=generator, dtype=torch.uint8)
+    Image.fromarray(pixels.numpy()).save(folder / "picture.png")
+    return folder
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_saved_and_loaded(network, slice_randomly, tmp_path, family):
+    model, shape = network(family)
+    _, pruned = slice_randomly(model, shape, target_flops_reduction=0.35)
+    pruned.save_pretrained(tmp_path)
+    loaded, info = KDFSPrunedModelForImageClassification.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    for name, value in pruned.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], value), name
+    images = torch.randn(2, *shape)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(images).logits, pruned(images).logits, rtol=1e-6, atol=1e-7)
+        features = AutoModel.from_pretrained(tmp_path).eval()
+        assert type(features) is KDFSPrunedModel
+        assert features(images).last_hidden_state.dim() == 4
+    assert type(AutoModelForImageClassification.from_pretrained(tmp_path)) is KDFSPrunedModelForImageClassification
+    document = json.loads((tmp_path / "config.json").read_text())
+    assert document["base_config"]["model_type"] == model.config.model_type
+    widths = document["widths"]
+    for name, (inputs, outputs) in widths.items():
+        weight = pruned.network.get_submodule(name).weight
+        assert weight.shape[0] == outputs, name
+        assert inputs >= 1
+    index = [value for name, value in loaded.state_dict().items() if name.endswith("filter_index")]
+    assert len(index) == len(document["scattered"])
+    assert all(value.dtype == torch.int64 for value in index)
+    assert loaded.config.id2label == model.config.id2label
+
+
+def test_without_the_package(network, slice_randomly, tmp_path, clean_process):
+    folders, expected = [], {}
+    for family in ("cifar_resnet", "resnet_bottleneck"):
+        model, shape = network(family)
+        _, pruned = slice_randomly(model, shape, target_flops_reduction=0.35)
+        folder = save(pruned, shape, tmp_path / family)
+        folders.append(folder)
+        expected[str(folder)] = pruned
+    answer = json.loads(clean_process(LOAD, *folders).stdout.splitlines()[-1])
+    for folder, pruned in expected.items():
+        processor = ViTImageProcessor.from_pretrained(folder)
+        inputs = processor(Image.open(f"{folder}/picture.png"), return_tensors="pt")
+        with torch.no_grad():
+            logits = pruned(**inputs).logits
+        got = answer[folder]
+        torch.testing.assert_close(torch.tensor(got["logits"]), logits, rtol=1e-5, atol=1e-5)
+        assert got["best"] == pruned.config.id2label[int(logits.argmax())]
+        assert got["same"]
+        assert got["shape"][0] == 1
+        assert got["widths"] == len(pruned.config.widths) > 5
+
+
+def test_a_plain_trainer_goes_on(network, slice_randomly, arguments, toy_data):
+    model, shape = network("resnet_bottleneck")
+    _, pruned = slice_randomly(model, shape, target_flops_reduction=0.35)
+    rows = toy_data(16, size=shape[1], labels=4)
+    before = {name: value.clone() for name, value in pruned.state_dict().items()}
+    trainer = Trainer(model=pruned, args=arguments(max_steps=3, per_device_train_batch_size=8), train_dataset=rows)
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert len(losses) == 3
+    changed = [name for name, value in pruned.state_dict().items() if not torch.equal(value, before[name])]
+    assert not [name for name in changed if name.endswith("filter_index")]
+    assert set(changed) >= {name for name, _ in pruned.named_parameters()}
+
+
+@pytest.mark.parametrize("family", ["cifar_resnet", pytest.param("mobilenet_v2", marks=pytest.mark.slow)])
+def test_onnx_gives_the_same_answers_at_any_batch_size(network, slice_randomly, tmp_path, family):
+    onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+    pytest.importorskip("onnxscript", reason="onnxscript is not installed")
+    model, shape = network(family)
+    _, pruned = slice_randomly(model, shape, target_flops_reduction=0.35)
+    pruned.train()
+    file = pruned.export_onnx(tmp_path)
+    assert pruned.training
+    assert [path.name for path in tmp_path.iterdir()] == ["model.onnx"]
+    session = onnxruntime.InferenceSession(str(file))
+    pruned.eval()
+    for batch in (1, 2, 5):
+        images = torch.randn(batch, *shape)
+        got = torch.from_numpy(session.run(["logits"], {"pixel_values": images.numpy()})[0])
+        with torch.no_grad():
+            expected = pruned(images).logits
+        assert (got - expected).abs().max() < 1e-4
+        assert torch.equal(got.argmax(dim=1), expected.argmax(dim=1))
+    with pytest.raises((FileExistsError, NotADirectoryError)):
+        export_onnx(pruned, file, shape)
+
+
+@pytest.mark.slow
+def test_timm_networks_load_from_their_checkpoint(network, slice_randomly, tmp_path):
+    pytest.importorskip("timm", reason="timm is not installed")
+    model, shape = network("timm_efficientnet_lite0")
+    _, pruned = slice_randomly(model, shape, target_flops_reduction=0.35)
+    pruned.save_pretrained(tmp_path)
+    images = torch.randn(2, *shape)
+    with torch.no_grad():
+        loaded = AutoModelForImageClassification.from_pretrained(tmp_path).eval()
+        assert torch.equal(loaded(images).logits, pruned(images).logits)
+        features = AutoModel.from_pretrained(tmp_path).eval()(images)
+    assert features.pooler_output.shape[0] == 2
+    assert loaded.config.num_labels == 5
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"widths": {"cifar_resnet.conv1": [3, 0]}}, r"\[3, 0\]"),
+        ({"base_config": {"model_type": "no_such_network"}}, "no_such_network"),
+    ],
+)
+def test_a_broken_config_is_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        KDFSPrunedConfig(**settings)
+
+
+@pytest.mark.parametrize(
+    ("widths", "message"), [({"nowhere": [3, 4]}, "nowhere"), ({"cifar_resnet.layer1": [3, 4]}, "Sequential")]
+)
+def test_widths_that_do_not_fit_are_refused(widths, message):
+    with pytest.raises(ValueError, match=message):
+        KDFSPrunedModelForImageClassification(KDFSPrunedConfig(widths=widths))
