@@ -32,7 +32,7 @@ CONTRACT = {
     "report": "efficiency_report",
     "hub": "push_checkpoint",
 }
-LANDED = ("hub",)
+LANDED = ("dynamic_llava", "toe", "kdfs", "pix2pix", "hub")
 NAMES = sorted(hf_efficient._EXPORTS)
 
 

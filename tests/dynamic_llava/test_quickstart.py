@@ -84,3 +84,17 @@ def test_missing_checkpoint_and_data_are_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "easy_vqa", None)
     with pytest.raises(ImportError, match=r"pip install -e \"\.\[quickstart\]\""):
         part.run(tmp_path, tmp_path)
+
+
+@pytest.mark.slow
+def test_part_needs_no_torchvision(checkpoints, tmp_path, clean_process):
+    """The extra `quickstart` brings all it needs: core requirements, easy-vqa and matplotlib."""
+    (tmp_path / "out").mkdir()
+    code = (
+        "from pathlib import Path\nfrom hf_efficient.dynamic_llava import quickstart_dynamic_llava as part\n"
+        "part.QUESTIONS, part.REPEATS = 2, 1\n"
+        "print(len(part.run(Path(sys.argv[1]), Path(sys.argv[2]))['table']['rows']))\n"
+    )
+    block = ("torchvision", "timm", "scipy", "sklearn", "skimage", "cv2", "torchmetrics", "gradio", "onnx")
+    done = clean_process(code, checkpoints, tmp_path / "out", block=block)
+    assert done.stdout.splitlines()[-1] == "3"
