@@ -1,5 +1,6 @@
 """Tiny sparse LLaVAs: 16 image tokens, 4 decoder layers, predictors with clear opinions."""
 
+import gc
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +21,8 @@ from transformers import (
 
 from hf_efficient import DynamicLlavaForConditionalGeneration
 
+
+gc.freeze()  # a Trainer collects garbage once a run: the imports, a quarter of a second, need not be searched
 
 IMAGE, PAD, TOKENS = 120, 0, 16
 TEXT = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config}

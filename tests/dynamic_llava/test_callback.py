@@ -106,6 +106,7 @@ def test_install_adds_a_missing_callback(make_trainable, make_examples, argument
     assert trainer.state.log_history[0].keys() >= VALUES
 
 
+@pytest.mark.slow
 def test_users_own_logs_are_left_alone(make_trainable, make_examples, arguments):
     class Chatty(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
@@ -146,7 +147,7 @@ def test_resume_with_the_stock_trainer_lands_in_the_same_state(make_trainable, m
     def run(folder, resume=None, callbacks=()):
         model = make_trainable()
         spy = Spy(model)
-        args = arguments(output_dir=str(tmp_path / folder), max_steps=6, save_strategy="steps", save_steps=3)
+        args = arguments(output_dir=str(tmp_path / folder), max_steps=5, save_strategy="steps", save_steps=3)
         trainer = Trainer(
             model, args, train_dataset=make_examples(), callbacks=[DynamicLlavaCallback(), spy, *callbacks]
         )
@@ -157,8 +158,8 @@ def test_resume_with_the_stock_trainer_lands_in_the_same_state(make_trainable, m
     with pytest.raises(KeyboardInterrupt):
         run("stopped", callbacks=[Stop()])
     resumed, again = run("stopped", resume=True)
-    assert resumed.state.global_step == 6
-    assert len(again.batches) == 3
+    assert resumed.state.global_step == 5
+    assert len(again.batches) == 2
     for one, other in zip(seen.batches[3:], again.batches):
         assert torch.equal(one, other)
     assert again.temperatures == seen.temperatures[3:]

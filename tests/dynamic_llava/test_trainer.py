@@ -90,6 +90,7 @@ class TestWhatLearns:
             assert not any("vision_tower" in name for name in seen)
             assert len(trainer.optimizer.param_groups) == 4
 
+    @pytest.mark.slow
     def test_both_rates_follow_the_schedule(self, make_trainable, make_examples, arguments):
         args = arguments(max_steps=4, lr_scheduler_type="linear", predictor_learning_rate=0.01)
         trainer = DynamicLlavaTrainer(make_trainable(), args, train_dataset=make_examples())
@@ -197,7 +198,7 @@ def test_every_tracker_sees_the_values(make_trainable, make_examples, arguments)
     assert [c for c in trainer.callback_handler.callbacks if isinstance(c, DynamicLlavaCallback)] == [given]
 
 
-@pytest.mark.parametrize("mode", [{"bf16": True}, {"activation_checkpointing": True}, {"trainable": "predictors"}])
+@pytest.mark.parametrize("mode", [{"bf16": True}, {"activation_checkpointing": True, "trainable": "predictors"}])
 def test_modes_train(make_trainable, make_examples, arguments, mode):
     model = make_trainable(opinions=True)
     before = weights(model)
@@ -352,7 +353,7 @@ class TestCheckpoints:
             model = make_trainable()
             spy = Spy(model)
             args = arguments(
-                **{**SAVING, "save_steps": 3},
+                **{**SAVING, "max_steps": 5, "save_steps": 3},
                 output_dir=str(tmp_path / folder),
                 weight_decay=0.1,
                 lr_scheduler_type="cosine",
@@ -367,7 +368,7 @@ class TestCheckpoints:
             run("stopped", callbacks=[Stop()])
         torch.manual_seed(99)
         resumed, again, noise_again = run("stopped", resume=True)
-        assert len(again.batches) == 3
+        assert len(again.batches) == 2
         for one, other in zip(seen.batches[3:], again.batches):
             assert torch.equal(one, other)
         assert again.temperatures == seen.temperatures[3:]
