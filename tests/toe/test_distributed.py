@@ -52,15 +52,20 @@ torch.distributed.destroy_process_group()
 def test_two_processes_stay_in_step(options, tmp_path):
     script = tmp_path / "train.py"
     script.write_text(SCRIPT)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
-    done = subprocess.run(
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    process = subprocess.Popen(
         [*command, str(script), str(tmp_path), *options],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=500,
     )
-    assert done.returncode == 0, done.stderr[-3000:]
+    try:
+        errors = process.communicate(timeout=500)[1]
+    except subprocess.TimeoutExpired:
+        process.terminate()  # it ends its two children, which a kill would leave behind
+        process.communicate()
+        raise
+    assert process.returncode == 0, errors[-3000:]
     result = json.loads((tmp_path / "result.json").read_text())
     assert result["stages"] == [1, 1, 2, 2, 3, 3]
     assert [count for count in result["rows"] if count] == [33] * 4 + [49] * 4 + [65] * 4
