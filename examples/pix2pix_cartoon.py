@@ -1,0 +1,181 @@
+r"""Cartoon to photograph with Pix2Pix, and how robust it is (arXiv 1611.07004 and 2101.09793).
+
+Photographs are cartoonized, a U-Net of 16 base channels learns the way back at 128 pixels. Runs: one for each of three
+cartoonizers, the same U-Net with L1 alone as a control, and with `--ablation` the paper's batch sizes 8 and 64 at as
+many images seen. Each run is a process of one thread; an interrupted run goes on at its last checkpoint, a finished
+one is not repeated.
+
+    python examples/pix2pix_cartoon.py --dataset DIR/photos --output pix2pix_cartoon --ablation
+    python examples/pix2pix_cartoon.py --dataset DIR/photos --output pix2pix_cartoon --ablation --final \
+        --features DIR/efficientnet_lite0/model.safetensors --card model_cards/pix2pix-cartoon2photo
+
+The first line takes about one core-hour for each of six runs; the second reads the test split, for the first time:
+every model on every cartoonizer and severity, beside the cartoon itself. To expect: PSNR and SSIM above the cartoon
+itself; KID and feature cosine better than L1 alone.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from pix2pix_cartoon_report import report
+from pix2pix_train_data import load_rows
+from transformers import TrainerCallback, set_seed
+
+from hf_efficient import (
+    Pix2PixConfig,
+    Pix2PixDiscriminator,
+    Pix2PixModel,
+    Pix2PixTrainer,
+    Pix2PixTrainingArguments,
+)
+from hf_efficient.pix2pix.pairs_pix2pix import ImagePairs
+from hf_efficient.results import write_whole
+
+
+# run -> (cartoonizer, adversarial loss, batch size); the first is the checkpoint of the card
+RUNS = {
+    "bilateral": ("bilateral", "vanilla", 1),
+    "palette": ("palette", "vanilla", 1),
+    "mean_shift": ("mean_shift", "vanilla", 1),
+    "l1": ("bilateral", "none", 1),
+    "batch-8": ("bilateral", "vanilla", 8),
+    "batch-64": ("bilateral", "vanilla", 64),
+}
+# one allocation after the other of the same few sizes: keep the memory instead of handing it back to the system
+MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**34), "MALLOC_ARENA_MAX": "1"}
+
+
+class Clock(TrainerCallback):
+    """CPU time of the training, kept in the trainer's log so that it survives a restart."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        """Start the clock behind set-up and resuming, from what earlier parts of the run took."""
+        self.before = next((e["cpu_seconds"] for e in reversed(state.log_history) if "cpu_seconds" in e), 0.0)
+        self.began = time.process_time()
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        """Note the time with each epoch."""
+        spent = self.before + time.process_time() - self.began
+        state.log_history.append({"epoch": state.epoch, "step": state.global_step, "cpu_seconds": spent})
+
+
+def train(args: argparse.Namespace, name: str) -> None:
+    """One run; writes `run.json` when it has ended."""
+    folder = args.output / name
+    if (folder / "run.json").exists():
+        return
+    torch.set_num_threads(1)
+    torch.set_flush_denormal(True)
+    method, gan_loss, batch_size = RUNS[name]
+    set_seed(args.seed)
+    levels = args.size.bit_length() - 1
+    model = Pix2PixModel(
+        Pix2PixConfig(num_levels=levels, base_channels=args.channels, norm=args.norm, image_size=args.size)
+    )
+    discriminator = Pix2PixDiscriminator(args.receptive_field, base_channels=args.channels, norm=args.norm)
+    rows = load_rows(args.dataset, "train")
+    settings = {"size": args.size, "jitter": args.size // 9, "flip": True, "seed": args.seed}
+    pairs = ImagePairs(rows, args.column, method=method, strength=args.strength, **settings)
+    batch_size = min(batch_size, len(pairs))
+    training = Pix2PixTrainingArguments(
+        output_dir=str(folder),
+        seed=args.seed,
+        num_train_epochs=args.epochs,
+        per_device_train_batch_size=batch_size,
+        gan_loss=gan_loss,
+        save_strategy="epoch",
+        save_total_limit=1,
+        logging_steps=max(1, args.logging_images // batch_size),
+        preview_steps=max(1, args.preview_images // batch_size),
+        report_to="none",
+        use_cpu=not args.gpu,
+        disable_tqdm=True,
+    )
+    trainer = Pix2PixTrainer(model, training, discriminator, train_dataset=pairs, callbacks=[Clock()])
+    trainer.train(resume_from_checkpoint=True if list(folder.glob("checkpoint-*")) else None)
+    trainer.save_model(str(folder / "model"))
+    log = trainer.state.log_history
+    run = {"run": name, "cartoonizer": method, "strength": args.strength, "gan_loss": gan_loss, "seed": args.seed}
+    run |= {"batch_size": batch_size, "epochs": args.epochs, "images_seen": round(args.epochs * len(pairs))}
+    run |= {"steps": trainer.state.global_step}
+    run |= {"cpu_seconds": next(e["cpu_seconds"] for e in reversed(log) if "cpu_seconds" in e)}
+    run |= {"history": [entry for entry in log if "loss_l1" in entry]}
+    write_whole(folder / "run.json", json.dumps(run, indent=2) + "\n")
+
+
+def train_all(args: argparse.Namespace, names: list[str]) -> None:
+    """Start a process for each run, at most `--processes` at a time."""
+    waiting, running = [name for name in names if not (args.output / name / "run.json").exists()], []
+    while waiting or running:
+        while waiting and len(running) < args.processes:
+            name = waiting.pop(0)
+            command = [sys.executable, *sys.argv, "--run", name]
+            running.append((name, subprocess.Popen(command, env=os.environ | MEMORY | {"OMP_NUM_THREADS": "1"})))
+        name, process = running.pop(0)
+        try:
+            process.wait(timeout=5)
+        except subprocess.TimeoutExpired:
+            running.append((name, process))
+        else:
+            print(f"{name}: {'done' if process.returncode == 0 else 'failed, start again to go on'}", flush=True)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dataset", default="skimage", help="photographs: folder of parquet files, Hub name, skimage")
+    parser.add_argument("--column", default="image", help="column of the photographs")
+    parser.add_argument("--output", type=Path, default=Path("runs/pix2pix_cartoon"))
+    parser.add_argument("--runs", nargs="+", choices=list(RUNS), metavar="RUN", help=f"some of {', '.join(RUNS)}")
+    parser.add_argument("--ablation", action="store_true", help="batch sizes 8 and 64 as well, at equal images seen")
+    parser.add_argument("--final", action="store_true", help="measure on the test split")
+    parser.add_argument("--features", type=Path, help="weights of tf_efficientnet_lite0, for KID and feature cosine")
+    parser.add_argument("--card", type=Path, metavar="DIR", help="write the first model with its card there")
+    parser.add_argument("--epochs", type=int, default=60)
+    parser.add_argument("--size", type=int, default=128, help="pixels, a power of two")
+    parser.add_argument("--channels", type=int, default=16, help="base channels of both networks")
+    parser.add_argument("--norm", default="instance", help="instance, batch or none")
+    parser.add_argument("--receptive-field", type=int, default=70)
+    parser.add_argument("--strength", type=int, default=3, help="of the training cartoons, 1 to 5")
+    parser.add_argument("--severities", type=int, nargs="+", default=list(range(6)))
+    parser.add_argument("--limit", type=int, help="test photographs (default: all)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--logging-images", type=int, default=400)
+    parser.add_argument("--preview-images", type=int, default=4000)
+    parser.add_argument("--processes", type=int, default=os.cpu_count(), help="runs at a time (default: one per core)")
+    parser.add_argument("--gpu", action="store_true", help="use the GPU; set --processes 1")
+    parser.add_argument("--smoke", action="store_true", help="three photographs, tiny networks, two minutes")
+    parser.add_argument("--run", choices=list(RUNS), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.size & (args.size - 1) or args.size < 16:
+        parser.error(f"--size must be a power of two from 16 on, got {args.size}")
+    if args.smoke:
+        small = {"size": 32, "channels": 4, "epochs": 2, "receptive_field": 16, "severities": [0, 3]}
+        small |= {"logging_images": 3, "preview_images": 3, "ablation": True, "final": True}
+        vars(args).update(small, dataset="skimage", column="image")
+    return args
+
+
+def main() -> None:
+    args = parse()
+    if args.run:
+        train(args, args.run)
+        return
+    args.output.mkdir(parents=True, exist_ok=True)
+    names = args.runs or [name for name in RUNS if args.ablation or not name.startswith("batch-")]
+    train_all(args, names)
+    missing = [name for name in names if not (args.output / name / "run.json").exists()]
+    if missing:
+        sys.exit(f"{', '.join(missing)} did not end; start the same command again to go on.")
+    if args.final or args.card:
+        runs = [json.loads((args.output / name / "run.json").read_text()) for name in names]
+        report(args, runs)
+
+
+if __name__ == "__main__":
+    main()

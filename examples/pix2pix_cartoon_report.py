@@ -1,0 +1,174 @@
+"""Tables, plots and checkpoint of `pix2pix_cartoon.py`.
+
+A part of that script, kept in a file of its own for its length.
+"""
+
+import argparse
+import json
+import shutil
+from typing import Any
+
+from pix2pix_train_data import load_rows
+
+from hf_efficient import Pix2PixImageProcessor, Pix2PixModel, evaluate_robustness
+from hf_efficient.hub import write_results
+from hf_efficient.pix2pix.figures_pix2pix import save_picture
+from hf_efficient.pix2pix.robustness_pix2pix import (
+    FIGURES,
+    IDENTITY,
+    PAPER_PIXEL_DISSIMILARITY,
+    RobustnessReport,
+)
+from hf_efficient.results import run_meta, write_whole
+
+
+PIX2PIX = {
+    "title": "Image-to-Image Translation with Conditional Adversarial Networks (arXiv 1611.07004)",
+    "url": "https://arxiv.org/abs/1611.07004",
+    "bibtex": "@inproceedings{isola2017pix2pix,\n  title={Image-to-Image Translation with Conditional Adversarial "
+    "Networks},\n  author={Isola, Phillip and Zhu, Jun-Yan and Zhou, Tinghui and Efros, Alexei A},\n"
+    "  booktitle={CVPR},\n  year={2017}\n}",
+}
+USAGE = """\
+from transformers import pipeline
+
+translate = pipeline("image-to-image", model="pix2pix-cartoon2photo", trust_remote_code=True)
+translate("sample.png").save("photo.png")
+"""
+
+
+def report(args: argparse.Namespace, runs: list[dict[str, Any]]) -> None:
+    """Measure every run on the test split, print the tables, write `results.json` and, on demand, the checkpoint."""
+    meta = run_meta()
+    photos = load_rows(args.dataset, "test")
+    models = {run["run"]: _published(args, run["run"]) for run in runs}
+    robustness = evaluate_robustness(
+        models,
+        photos,
+        severities=args.severities,
+        image_column=args.column,
+        features=args.features,
+        trained_on={run["run"]: run["cartoonizer"] for run in runs},
+        limit=args.limit,
+        seed=args.seed,
+    )
+    page = robustness.save(args.output / "robustness")
+    tables = [own_table(args, robustness, runs), cross_table(robustness), batch_table(args, robustness, runs)]
+    tables = [table for table in tables if table["rows"]]
+    for table in tables:
+        print(f"\n{table['title']}\n" + " | ".join(table["columns"]))
+        for row in table["rows"]:
+            print(" | ".join(f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in row))
+    print(f"\n{page}: every figure, plots and samples")
+    results = make_results(args, robustness, runs, tables, meta)
+    write_whole(args.output / "results.json", json.dumps(results, indent=2) + "\n")
+    if args.card:
+        write_checkpoint(args, models[runs[0]["run"]], results, photos)
+
+
+def _published(args: argparse.Namespace, name: str) -> Pix2PixModel:
+    """The weights as they are published: rounded to half precision."""
+    return Pix2PixModel.from_pretrained(args.output / name / "model").half().float().eval()
+
+
+def own_table(args: argparse.Namespace, robustness: RobustnessReport, runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Each model on the cartoons it was trained for, beside the cartoon itself."""
+    rows = []
+    for method in dict.fromkeys(run["cartoonizer"] for run in runs):
+        own = [IDENTITY, *(run["run"] for run in runs if run["cartoonizer"] == method)]
+        for model in own:
+            figures = [robustness.curve(model, method, name).get(args.strength) for name in robustness.figures]
+            if None not in figures:
+                rows.append([model, method, *figures])
+    columns = ["model", "cartoons", *(FIGURES[name][0] for name in robustness.figures)]
+    title = f"Test photographs back from cartoons of the training strength {args.strength}"
+    features = f" KID and feature cosine: features of {robustness.feature_network}." if args.features else ""
+    return {"title": title, "columns": columns, "rows": rows, "note": f"{robustness.images} photographs.{features}"}
+
+
+def cross_table(robustness: RobustnessReport) -> dict[str, Any]:
+    """PSNR of every model on every cartoonizer, mean over the severities."""
+    matrix = robustness.cross_matrix("psnr")
+    rows = [[model, *(values.get(method, "") for method in robustness.methods)] for model, values in matrix.items()]
+    columns = ["PSNR (dB) of", *(f"on {method}" for method in robustness.methods)]
+    return {"title": "Trained on one, tested on all (mean over severities)", "columns": columns, "rows": rows}
+
+
+def batch_table(args: argparse.Namespace, robustness: RobustnessReport, runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """The batch-size ablation beside the paper's figures."""
+    rows = []
+    for run in sorted(runs, key=lambda run: run["batch_size"]):
+        if run["cartoonizer"] == "bilateral" and run["gan_loss"] != "none":
+            value = robustness.curve(run["run"], "bilateral", "pixel_dissimilarity").get(args.strength)
+            size = {"batch-8": 8, "batch-64": 64}.get(run["run"], 1)
+            row = [run["batch_size"], run["images_seen"], run["steps"]]
+            rows.append([*row, f"{value:.5f}", f"{PAPER_PIXEL_DISSIMILARITY[size]:.5f}"])
+    note = "Cosine dissimilarity of pixels; the paper used other photographs and its own cartoons."
+    columns = ["batch size", "images seen", "steps", "here", "paper"]
+    return {"title": "Batch size at equal images seen", "columns": columns, "rows": rows, "note": note}
+
+
+def make_results(
+    args: argparse.Namespace,
+    robustness: RobustnessReport,
+    runs: list[dict[str, Any]],
+    tables: list[dict[str, Any]],
+    meta: dict[str, Any],
+) -> dict[str, Any]:
+    """Everything that the card is rendered from."""
+    first, dataset = runs[0], "photos"
+    metrics = []
+    for name in robustness.figures:
+        value = robustness.curve(first["run"], first["cartoonizer"], name).get(args.strength)
+        if value is not None:
+            words = f"{FIGURES[name][0]}, {first['cartoonizer']} cartoons of strength {args.strength}"
+            metrics.append({"dataset": dataset, "split": "test", "type": name, "name": words, "value": value})
+    return {
+        "name": "pix2pix-cartoon2photo",
+        "title": "Pix2Pix: cartoon to photograph",
+        "summary": f"A U-Net of {args.channels} base channels that turns cartoons of {args.size} pixels into "
+        "photographs, trained as a conditional GAN. It takes images of any size.",
+        "method": "Photographs were cartoonized (bilateral filter and dark outlines); the network learned the way "
+        "back against a PatchGAN and an L1 loss of weight 100. Loaded through the `image-to-image` task, which "
+        "transformers 5 removed and this checkpoint brings along.",
+        "paper": PIX2PIX,
+        "license": "apache-2.0",
+        "datasets": [{"id": dataset, "name": "400 training and 100 test photographs of BSDS500, centre square"}],
+        "pipeline_tag": "image-to-image",
+        "tags": ["pix2pix", "gan"],
+        "usage": USAGE,
+        "tables": tables,
+        "pictures": [
+            {"file": "samples.png", "caption": "test photographs: severities 0 to 5, translated; the photograph last"},
+            {"file": "robustness.png", "caption": "every figure by severity, model and cartoonizer"},
+        ],
+        "metrics": metrics,
+        "runs": [{name: value for name, value in run.items() if name != "history"} for run in runs],
+        "seeds": [args.seed],
+        "limits": [
+            f"Trained on {args.size}-pixel photographs of {first['cartoonizer']} cartoons made by this project; other "
+            "cartoons are translated worse, see the table of cartoonizers.",
+            "One seed a run: differences of a few hundredths may be chance.",
+        ],
+        "sample": {"file": "sample.png", "text": ""},
+        "details": {"robustness": robustness.to_dict(), "history": {run["run"]: run["history"] for run in runs}},
+        "meta": meta,
+    }
+
+
+def write_checkpoint(args: argparse.Namespace, model: Pix2PixModel, results: dict[str, Any], photos: Any) -> None:
+    """Write the first model in half precision with everything that is pushed."""
+    from hf_efficient import cartoonize
+
+    first = results["runs"][0]
+    args.card.mkdir(parents=True, exist_ok=True)
+    for name, folder in (("robustness.png", args.output), ("samples.png", args.output)):
+        source = folder / "robustness" / name
+        if name == "samples.png":
+            source = folder / "robustness" / f"samples_{first['cartoonizer']}__{first['run']}.png"
+        shutil.copyfile(source, args.card / name)
+    sample = cartoonize(photos[0][args.column], method=first["cartoonizer"], strength=args.strength)
+    save_picture(sample, args.card / "sample.png")
+    model.half().save_pretrained(args.card)
+    Pix2PixImageProcessor.for_model(model.config).save_pretrained(args.card)
+    write_results(args.card, results)
