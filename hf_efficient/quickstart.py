@@ -29,6 +29,7 @@ from .results import run_meta
 _PARTS: dict[str, str] = {
     "Dynamic-LLaVA": "dynamic_llava.quickstart_dynamic_llava",
     "ToE": "toe.quickstart_toe",
+    "KDFS": "kdfs.quickstart_kdfs",
 }
 
 

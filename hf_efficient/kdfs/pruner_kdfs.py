@@ -70,6 +70,8 @@ def measure_latency(
 ) -> dict[str, float]:
     """Shortest seconds of a forward pass, the models taking turns so that a busy machine hits all alike.
 
+    With one thread on the CPU it is CPU time, which a busy neighbour does not stretch.
+
     Args:
         models (`dict[str, nn.Module]`): Models by name.
         input_shape (`tuple[int, ...]`): Channels, height, width.
@@ -84,17 +86,19 @@ def measure_latency(
     modes = {module: module.training for model in models.values() for module in model.modules()}
     for model in models.values():
         model.eval()
+    on_gpu = any(image.is_cuda for image in images.values())
+    clock = time.process_time if torch.get_num_threads() == 1 and not on_gpu else time.perf_counter
     with torch.no_grad():
         for repeat in range(repeats + 2):
             for name, model in models.items():
                 if images[name].is_cuda:
                     torch.cuda.synchronize()
-                start = time.perf_counter()
+                start = clock()
                 model(images[name])
                 if images[name].is_cuda:
                     torch.cuda.synchronize()
                 if repeat >= 2:
-                    times[name].append(time.perf_counter() - start)
+                    times[name].append(clock() - start)
     for module, training in modes.items():
         module.training = training
     return {name: min(values) for name, values in times.items()}
