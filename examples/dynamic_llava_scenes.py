@@ -30,7 +30,7 @@ from hf_efficient.results import run_meta
 TOWER = {"steps": 1200, "batch": 32, "rate": 1.5e-3}
 DENSE = {"steps": 900, "batch": 16, "rate": 1.5e-3}
 FURTHER = {"steps": 200, "batch": 16, "rate": 5e-4}  # the controls go on with the same
-IMAGE = {"steps": 450, "batch": 16, "rate": 5e-4}  # after 200 steps which patches to keep is still undecided
+IMAGE = {"steps": 330, "batch": 16, "rate": 5e-4}  # after 200 steps which patches to keep is still undecided
 PREDICTOR_RATES = {"image_20_text_50": 4e-3, "text_50": 1e-3, "text_50_random": 1e-3}
 PREDICTORS = {
     "predictor_hidden_size": 64,
