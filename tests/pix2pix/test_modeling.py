@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from hf_efficient import Pix2PixConfig, Pix2PixDiscriminator, Pix2PixModel
+from hf_efficient.pix2pix.modeling_pix2pix import Pix2PixUpConv
 
 
 def random_images(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -131,6 +132,23 @@ def test_a_gradient_reaches_every_weight(generator, norm):
         assert parameter.grad is not None, name
         before_norm = norm == "instance" and name.endswith("bias")  # a norm takes away what a bias before it adds
         assert before_norm or parameter.grad.abs().max() > 0, name
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(1, 1, 1), (1, 2, 2), (2, 4, 4), (1, 3, 5), (4, 4, 4), (2, 8, 8)])
+def test_small_maps_go_through_the_same_sums(shape, bias):
+    batch, height, width = shape
+    layer = Pix2PixUpConv(6, 5, bias=bias)
+    reference = nn.ConvTranspose2d(6, 5, 4, 2, 1, bias=bias)
+    reference.load_state_dict(layer.state_dict())
+    images = random_images(batch, 6, height, width).requires_grad_()
+    other = images.detach().clone().requires_grad_()
+    left, right = layer(images), reference(other)
+    torch.testing.assert_close(left, right, atol=1e-6, rtol=1e-5)
+    for output in (left, right):
+        output.square().sum().backward()
+    torch.testing.assert_close(images.grad, other.grad, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(layer.weight.grad, reference.weight.grad, atol=1e-5, rtol=1e-5)
 
 
 def test_source_and_target_of_unequal_channels():
