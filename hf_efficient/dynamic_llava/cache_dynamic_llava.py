@@ -84,8 +84,9 @@ def _grow(buffer: torch.Tensor, axis: int, slots: int) -> torch.Tensor:
     capacity = -(-slots // GROWTH) * GROWTH
     shape = list(buffer.shape)
     shape[axis] = capacity
-    larger = buffer.new_zeros(shape)
-    larger.narrow(axis, 0, buffer.shape[axis]).copy_(buffer)
+    larger, filled = buffer.new_empty(shape), buffer.shape[axis]
+    larger.narrow(axis, 0, filled).copy_(buffer)
+    larger.narrow(axis, filled, capacity - filled).zero_()  # masked slots are read too: they must be finite
     return larger
 
 

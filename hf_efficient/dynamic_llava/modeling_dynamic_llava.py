@@ -1,6 +1,7 @@
 """Sparse LLaVA (Dynamic-LLaVA, arXiv 2412.00876): the host's classes with predictors and a sparse cache."""
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -48,6 +49,16 @@ class DynamicLlavaCausalLMOutputWithPast(LlavaCausalLMOutputWithPast):
     keep_rate_losses: dict[str, torch.Tensor] | None = None
 
 
+@cache
+def _register_weight_names() -> None:
+    """Give our classes the host's renaming of weights, which a subclass does not inherit: stock checkpoints need it.
+
+    Called where a model is made, since the table costs a tenth of a second that an import should not.
+    """
+    for name, host in (("DynamicLlavaForConditionalGeneration", "llava"), ("DynamicLlavaModel", "LlavaModel")):
+        register_checkpoint_conversion_mapping(name, get_checkpoint_conversion_mapping(host), overwrite=True)
+
+
 class DynamicLlavaModel(LlavaModel):
     """`LlavaModel` that reads its hidden states at layer `sparse_layer` and goes on with the tokens worth keeping.
 
@@ -66,6 +77,7 @@ class DynamicLlavaModel(LlavaModel):
     _auto_class = "AutoModel"
 
     def __init__(self, config: DynamicLlavaConfig) -> None:
+        _register_weight_names()
         super().__init__(config)
         width = config.text_config.hidden_size
         self.image_score_predictor = ImageScorePredictor(
@@ -387,6 +399,7 @@ class DynamicLlavaForConditionalGeneration(
     _auto_class = "AutoModelForImageTextToText"
 
     def __init__(self, config: DynamicLlavaConfig) -> None:
+        _register_weight_names()
         super().__init__(config)
         self.model = DynamicLlavaModel(config)
         self.post_init()
@@ -531,13 +544,5 @@ class DynamicLlavaForConditionalGeneration(
             extra = extra + 0.0 * torch.stack(unused).sum()
         outputs.loss = outputs.loss + extra
 
-
-# A subclass does not inherit the host's renaming of weights: without these a stock checkpoint would not load.
-register_checkpoint_conversion_mapping(
-    "DynamicLlavaForConditionalGeneration", get_checkpoint_conversion_mapping("llava"), overwrite=True
-)
-register_checkpoint_conversion_mapping(
-    "DynamicLlavaModel", get_checkpoint_conversion_mapping("LlavaModel"), overwrite=True
-)
 
 __all__ = ["DynamicLlavaForConditionalGeneration", "DynamicLlavaModel"]

@@ -1,6 +1,7 @@
 """The equations of Dynamic-LLaVA (arXiv 2412.00876) as pure functions on tensors: scores in, decisions out."""
 
 import math
+from itertools import product
 
 import torch
 import torch.nn.functional as F
@@ -8,6 +9,8 @@ import torch.nn.functional as F
 
 # Largest block of attention scores that the backward pass of `masked_attention` holds at once, in elements.
 SCORE_BLOCK = 2**25
+# Queries of one block: later keys of a block are never computed.
+QUERY_BLOCK = 128
 
 
 def count_kept_tokens(tokens: int, keep_rate: float, budget: int | None = None) -> int:
@@ -185,32 +188,38 @@ class MaskedAttention(torch.autograd.Function):
         """Recompute the scores block by block, so that no `(tokens, tokens)` matrix outlives the step."""
         query, key, value, output, visible, valid = ctx.saved_tensors
         batch, heads, tokens, _ = query.shape
-        grad_query, grad_key, grad_value = (torch.empty_like(t) for t in (query, key, value))
+        wide = torch.promote_types(query.dtype, torch.float32)
+        grad_query = torch.empty_like(query)
+        grad_key, grad_value = (torch.zeros_like(states, dtype=wide) for states in (key, value))
         grad_policy = torch.zeros(batch, tokens, dtype=ctx.policy_dtype, device=query.device)
         causal = torch.ones(tokens, tokens, dtype=torch.bool, device=query.device).tril(diagonal=-1)
-        wide = torch.promote_types(query.dtype, torch.float32)
-        fitting = max(1, SCORE_BLOCK // tokens**2)
+        queries = min(tokens, QUERY_BLOCK)
+        fitting = max(1, SCORE_BLOCK // (queries * tokens))
         some_heads, some_rows = min(heads, fitting), max(1, fitting // heads)
         for row in range(0, batch, some_rows):
             rows = slice(row, row + some_rows)
             hidden = ~visible_keys(visible[rows])  # (rows, 1, tokens, tokens)
             later = ~causal if valid is None else ~(causal & valid[rows, None, None, :])
-            for head in range(0, heads, some_heads):
+            for head, start in product(range(0, heads, some_heads), range(0, tokens, queries)):
+                end = min(start + queries, tokens)
                 part = (rows, slice(head, head + some_heads))
-                q, k, v, g = query[part], key[part], value[part], grad_output[part].to(query.dtype)
-                scores = (q @ k.transpose(2, 3)).to(wide) * ctx.scaling  # (rows, heads, tokens, tokens)
-                total = scores.masked_fill(hidden, -math.inf).logsumexp(dim=-1, keepdim=True)
+                asking, asked = (*part, slice(start, end)), (*part, slice(end))  # no query sees a later key
+                unseen = hidden[..., start:end, :end]
+                q, k, v, g = query[asking], key[asked], value[asked], grad_output[asking].to(query.dtype)
+                scores = (q @ k.transpose(2, 3)).to(wide) * ctx.scaling  # (rows, heads, queries, keys)
+                total = scores.masked_fill(unseen, -math.inf).logsumexp(dim=-1, keepdim=True)
                 # a dropped key may outweigh all kept ones: its virtual weight is capped, kept weights are at most 1
                 weight = scores.sub_(total).clamp_(max=20.0).exp_()
-                inner = (g.to(wide) * output[part].to(wide)).sum(dim=-1, keepdim=True)
+                inner = (g.to(wide) * output[asking].to(wide)).sum(dim=-1, keepdim=True)
                 change = (g @ v.transpose(2, 3)).to(wide).sub_(inner).mul_(weight)
-                grad_policy[rows] += change.masked_fill(later, 0.0).sum(dim=(1, 2))
-                weight = weight.masked_fill_(hidden, 0.0).to(q.dtype)
-                change = change.masked_fill_(hidden, 0.0).to(q.dtype)
-                grad_value[part] = weight.transpose(2, 3) @ g
-                grad_query[part] = (change @ k) * ctx.scaling
-                grad_key[part] = (change.transpose(2, 3) @ q) * ctx.scaling
-        return grad_query, grad_key, grad_value, grad_policy, None, None
+                each = change.sum(dim=1, keepdim=True).masked_fill_(later[..., start:end, :end], 0.0)
+                grad_policy[rows, :end] += each.sum(dim=(1, 2))
+                weight = weight.masked_fill_(unseen, 0.0).to(q.dtype)
+                change = change.masked_fill_(unseen, 0.0).to(q.dtype)
+                grad_value[asked] += weight.transpose(2, 3) @ g
+                grad_query[asking] = (change @ k) * ctx.scaling
+                grad_key[asked] += (change.transpose(2, 3) @ q) * ctx.scaling
+        return grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype), grad_policy, None, None
 
 
 def masked_attention(
