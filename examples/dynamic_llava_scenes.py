@@ -42,6 +42,8 @@ PREDICTORS = {
 }
 # run -> share of the image tokens that is kept
 RUNS = {"dense": 1.0, "dense_further": 1.0, "text_50": 1.0, "text_50_random": 1.0, "image_20_text_50": 0.2}
+# measured with the weights of another run and a share of the image tokens set after training
+RATES_SET_LATER = {"image_40_text_50": ("image_20_text_50", 0.4)}
 
 
 class WholeTrainer(Trainer):
@@ -125,6 +127,8 @@ def load(name, folder, random_rate=None):
     model = kind.from_pretrained(folder, dtype=torch.float32)
     if random_rate:
         model.model.output_text_score_predictor = RandomTextScores(random_rate)
+    if name in RATES_SET_LATER:
+        model.config.vision_keep_rate = RATES_SET_LATER[name][1]
     return model
 
 
@@ -157,8 +161,10 @@ def measure(output, processor, name, scenes, random_rate=None):
     path = output / name / f"evaluation_{scenes}.json"
     if not path.exists():
         start = time.perf_counter()
-        found = evaluate_scenes(load(name, output / name / "weights", random_rate), processor, scenes)
+        weights = output / RATES_SET_LATER.get(name, (name,))[0] / "weights"
+        found = evaluate_scenes(load(name, weights, random_rate), processor, scenes)
         found["seconds"] = round(time.perf_counter() - start, 1)
+        path.parent.mkdir(exist_ok=True)
         path.with_suffix(".tmp").write_text(json.dumps(found))
         path.with_suffix(".tmp").rename(path)
     found = json.loads(path.read_text())
@@ -193,9 +199,14 @@ def run(output, card, scenes, names, steps=None):
         if name != "dense":
             train_further(output, processor, dense, name, chance, steps)
         summaries[name] = measure(output, processor, name, scenes, chance)
+    for name, (trained, _) in RATES_SET_LATER.items():
+        if trained in names:
+            summaries[name] = measure(output, processor, name, scenes)
     if card:
         records = {name: json.loads((output / name / "record.json").read_text()) for name in ("tower", *names)}
-        write_checkpoint(card, output, processor, meta, records, summaries, scenes)
+        best = max((name for name in summaries if name.startswith("image")), key=lambda name: summaries[name]["facts"])
+        model = load(best, output / RATES_SET_LATER.get(best, (best,))[0] / "weights")
+        write_checkpoint(card, model, best, processor, meta, records, summaries, scenes)
 
 
 if __name__ == "__main__":
