@@ -9,8 +9,9 @@ before they are measured, as they are published. An interrupted run goes on wher
 
     python examples/dynamic_llava_easy_vqa.py --final --card model_cards/dynamic-llava-easy-vqa
 
-measures on the test split (9,673 questions) and writes the checkpoint of the first seed with its card. Without
-`--final` everything is measured on the 400 training images that are held out: there the settings were chosen.
+measures on the test split (9,673 questions) and writes the checkpoint of the first seed with its card: dense 99.8 %,
+sparse 99.7 %, in about an hour on one core (OMP_NUM_THREADS=1). Without `--final` everything is measured on the 400
+training images that are held out: there the settings were chosen.
 """
 
 import argparse
@@ -157,7 +158,7 @@ def run_arm(options: argparse.Namespace, arm: str, seed: int, train: EasyVQA, pr
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path("runs/easy_vqa"), help="folder of all trainings")
+    parser.add_argument("--output", type=Path, help="folder of all trainings, by default runs/easy_vqa")
     parser.add_argument("--data", help="folder of parquet files instead of the easy-vqa wheel")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds of the sparsification")
     parser.add_argument("--arms", nargs="+", default=["dense", "dense_continued", *ARMS], help="which arms to run")
@@ -165,6 +166,9 @@ def main() -> None:
     parser.add_argument("--card", type=Path, help="folder for the checkpoint of the first seed and its card")
     parser.add_argument("--smoke", action="store_true", help="two steps of everything and 16 questions, for a test")
     options = parser.parse_args()
+    options.output = options.output or Path("runs/easy_vqa_smoke" if options.smoke else "runs/easy_vqa")
+    if options.smoke:
+        options.seeds, options.card = options.seeds[:1], options.card or options.output / "card"
     meta = run_meta()
     train = load_easy_vqa("train", options.data)
     processor = make_processor(train)
