@@ -10,6 +10,7 @@ from hf_efficient.dynamic_llava.decoder_dynamic_llava import CACHE
 
 ARMS = ("dense", "sparse", "kept")
 ANSWER, LONG = 64, 1000  # generated tokens
+UNCACHED_STEPS = range(1, ANSWER + 1, ANSWER // 8)  # every eighth one: their costs lie on a line
 PRESETS = {
     "small": {
         "text": {"hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 352},
@@ -23,7 +24,7 @@ PRESETS = {
         "vocabulary": 32000,
         "image_tokens": 576,
         "predictor": {},
-        "rounds": {"prefill": 15, "decode": 3, "uncached": 3, "train": 9},
+        "rounds": {"prefill": 9, "decode": 2, "uncached": 3, "train": 5},
     },
 }
 TEXT_TOKENS, BEFORE_IMAGE = 64, 5
