@@ -27,7 +27,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 checkpoint = "dynamic-llava-scenes"  # this repository: its name on the Hub or a local copy
 model = AutoModelForImageTextToText.from_pretrained(checkpoint, trust_remote_code=True, dtype="float32")
-processor = AutoProcessor.from_pretrained(checkpoint)
+processor = AutoProcessor.from_pretrained(checkpoint, trust_remote_code=True)
 
 image = Image.new("RGB", (64, 64), (215, 218, 222))
 pen = ImageDraw.Draw(image)
