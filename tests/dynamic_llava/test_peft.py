@@ -166,6 +166,24 @@ class TestPredictorsAlone:
         with torch.no_grad():
             assert torch.equal(source.eval()(**batch).logits, target.eval()(**batch).logits)
 
+    def test_inside_an_adapter_the_trained_ones_are_meant(self, make_trainable, tmp_path):
+        adapted = get_peft_model(make_trainable(), recipe())
+        with torch.no_grad():
+            for name, parameter in adapted.named_parameters():
+                if "modules_to_save" in name:
+                    parameter.add_(0.5)
+        adapted.save_predictors(tmp_path)
+        plain, other = make_trainable(), get_peft_model(make_trainable(), recipe())
+        plain.load_predictors(tmp_path)
+        other.load_predictors(tmp_path)
+        merged = [model.merge_and_unload().model for model in (adapted, other)]
+        for name in PREDICTORS:
+            expected = getattr(merged[0], name).state_dict()
+            for model in (plain.model, merged[1]):
+                got = getattr(model, name).state_dict()
+                assert got.keys() == expected.keys()
+                assert all(torch.equal(value, expected[key]) for key, value in got.items())
+
     def test_sizes_that_do_not_fit_change_nothing(self, make_trainable, tmp_path):
         make_trainable(predictor_hidden_size=32).save_predictors(tmp_path)
         model = make_trainable()
