@@ -264,6 +264,13 @@ class TestWrongInput:
         with pytest.raises(ValueError, match=rf"`{name}`.*{rule}.*"):
             DynamicLlavaConfig(**{name: value})
 
+    def test_sparse_layer_of_a_loaded_model(self, make_sparse):
+        config = make_sparse().config
+        config.sparse_layer = 3
+        with pytest.raises(ValueError, match=r"`sparse_layer`.*below the number of decoder layers \(4\), got 4"):
+            config.sparse_layer = 4
+        assert config.sparse_layer == 3
+
     def test_unsupported_backbone(self):
         with pytest.raises(ValueError, match=r"`text_config.model_type`.*llama, mistral, qwen2, got 'gemma'"):
             DynamicLlavaConfig(text_config=GemmaConfig())
