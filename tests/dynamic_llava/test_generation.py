@@ -6,7 +6,11 @@ import pytest
 import torch
 from PIL import Image
 from transformers import DynamicCache, LlamaForCausalLM, StaticCache, TextIteratorStreamer, pipeline
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.modeling_flash_attention_utils import _is_packed_sequence
 from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.modeling_utils import AttentionInterface
 
 from hf_efficient import SparseCache
 from hf_efficient.dynamic_llava import decoder_dynamic_llava as decoder
@@ -380,6 +384,25 @@ class TestRefused:
     def test_cache_in_forward(self, make_sparse, make_batch):
         with pytest.raises(ValueError, match=r"`past_key_values` must be a SparseCache.*got DynamicCache"):
             make_sparse()(**make_batch([4]), past_key_values=DynamicCache())
+
+
+def test_no_position_ids_with_gaps_reach_the_attention(make_sparse, make_batch):
+    """Flash attention would take them for several packed sequences."""
+    seen = []
+
+    def probe(module, query, key, value, attention_mask, **kwargs):
+        seen.append((module.layer_idx, kwargs.get("position_ids")))
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+
+    AttentionInterface.register("probe", probe)
+    AttentionMaskInterface.register("probe", sdpa_mask)
+    model = make_sparse("llama", "eager")
+    model.model.language_model.config._attn_implementation = "probe"
+    with torch.no_grad():
+        output = model(**make_batch([3, "image", 5]))
+    assert (output.sparsity.kept_positions.diff() > 1).any(), "positions have gaps"
+    assert {layer for layer, _ in seen} == {0, 1, 2, 3}
+    assert not any(_is_packed_sequence(positions, 1) for _, positions in seen)
 
 
 def test_sliding_window_up_to_its_length(make_sparse, make_batch):
