@@ -70,15 +70,23 @@ class SparseGenerationMixin(GenerationMixin):
                 f"cache that the model returned, {REMEDY}."
             )
 
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """Continuous batching of the host; with sparsity on it raises a `ValueError`."""
+        self._refuse_continuous_batching("init_continuous_batching")
+        return super().init_continuous_batching(*args, **kwargs)
+
     def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
         """Continuous batching of the host; with sparsity on it raises a `ValueError`."""
+        self._refuse_continuous_batching("generate_batch")
+        return super().generate_batch(*args, **kwargs)
+
+    def _refuse_continuous_batching(self, name: str) -> None:
         if self.model.settings().active:
             raise ValueError(
-                "`generate_batch` (continuous batching) needs a paged cache and cannot drop tokens, got a model with "
+                f"`{name}` (continuous batching) needs a paged cache and cannot drop tokens, got a model with "
                 "sparsity on: use `generate`, or switch sparsity off with `vision_keep_rate=1` and "
                 "`use_output_text_predictor=False`."
             )
-        return super().generate_batch(*args, **kwargs)
 
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any

@@ -380,6 +380,8 @@ class TestRefused:
     def test_continuous_batching(self, make_sparse):
         with pytest.raises(ValueError, match=r"continuous batching.*use `generate`"):
             make_sparse().generate_batch(inputs=[[1, 2, 3]])
+        with pytest.raises(ValueError, match=r"`init_continuous_batching`.*use `generate`"):
+            make_sparse().init_continuous_batching()
 
     def test_cache_in_forward(self, make_sparse, make_batch):
         with pytest.raises(ValueError, match=r"`past_key_values` must be a SparseCache.*got DynamicCache"):
