@@ -14,6 +14,11 @@ from .decoder_dynamic_llava import CACHE
 REMEDY = "leave it out, or switch sparsity off with `vision_keep_rate=1` and `use_output_text_predictor=False`"
 
 
+def _count_rows(inputs: torch.Tensor | None, kwargs: dict[str, Any]) -> int | None:
+    given = (inputs, kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
+    return next((len(prompt) for prompt in given if prompt is not None), None)
+
+
 class SparseGenerationMixin(GenerationMixin):
     """Gives `generate()` a [`SparseCache`] and tells the model where the prompt ends."""
 
@@ -38,6 +43,9 @@ class SparseGenerationMixin(GenerationMixin):
         features = kwargs.get("mm_encoder_outputs")
         if features is not None:  # the host repeats them in place for beams
             kwargs["mm_encoder_outputs"] = {name: copy.copy(output) for name, output in features.items()}
+        decisions, rows = kwargs.get("text_decisions"), _count_rows(inputs, kwargs)
+        if decisions is not None and rows is not None and len(decisions) == 1:  # the host repeats rows for beams
+            kwargs["text_decisions"] = decisions.expand(rows, *decisions.shape[1:])
         try:
             return super().generate(inputs, generation_config, **kwargs)
         finally:

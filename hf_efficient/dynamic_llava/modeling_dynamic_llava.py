@@ -232,7 +232,7 @@ class DynamicLlavaModel(LlavaModel):
 
         if masked:
             answers = self._answers(answer_labels, attended, images, prompt_length, batch, new, embeds.device)
-            chosen = self._chosen(text_decisions, 0, int(answers.sum(dim=1).max()))
+            chosen = self._chosen(text_decisions, 0, int(answers.sum(dim=1).max()), batch)
             step = MaskStep(self, settings, images, attended, answers, chosen)
         else:
             prompt_length = cache.prompt_length if prompt_length is None and cache is not None else prompt_length
@@ -241,7 +241,7 @@ class DynamicLlavaModel(LlavaModel):
             else:
                 generated = int(past > 0 and new == 1)
             start = cache.generated_tokens if cache is not None else 0
-            chosen = self._chosen(text_decisions, start, generated)
+            chosen = self._chosen(text_decisions, start, generated, batch)
             step = DropStep(self, settings, images, attended, cache, generated, chosen)
         outputs = run_decoder(
             self.language_model,
@@ -359,13 +359,13 @@ class DynamicLlavaModel(LlavaModel):
             is_image[row, columns] = True
         return find_answers(labels.to(device), attended, is_image)
 
-    def _chosen(self, decisions: torch.Tensor | None, start: int, count: int) -> torch.Tensor | None:
+    def _chosen(self, decisions: torch.Tensor | None, start: int, count: int, batch: int) -> torch.Tensor | None:
         if decisions is None or not count:
             return None
-        if decisions.dim() != 2 or decisions.shape[1] < start + count:
+        if decisions.dim() != 2 or decisions.shape[1] < start + count or len(decisions) not in (1, batch):
             raise ValueError(
-                f"`text_decisions` must have the shape (batch or 1, generated tokens) with at least {start + count} "
-                f"tokens, got {tuple(decisions.shape)}: give one decision for every generated token."
+                f"`text_decisions` must have the shape ({batch} or 1 rows, generated tokens) with at least "
+                f"{start + count} tokens, got {tuple(decisions.shape)}: give one decision for every generated token."
             )
         return decisions[:, start : start + count].bool()
 

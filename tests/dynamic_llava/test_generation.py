@@ -288,6 +288,17 @@ def test_rates_of_a_call(make_sparse, make_batch, tmp_path):
 
 
 @pytest.mark.parametrize("use_cache", [True, False])
+def test_one_row_of_decisions_serves_all_beams(make_sparse, make_batch, use_cache):
+    model = make_sparse()
+    batch = make_batch([3, "image", 5], ["image", 3])
+    row = torch.tensor([[True, False, False, True, False, True, True]])
+    generate(model, batch, num_beams=2, max_new_tokens=6, text_decisions=row, use_cache=use_cache)
+    assert [keep.tolist() for keep in model.last_sparsity.text_keep] == 4 * [row[0, :5].tolist()]
+    with pytest.raises(ValueError, match=r"`text_decisions` must have the shape \(2 or 1 rows.*got \(3, 7\)"):
+        generate(model, batch, text_decisions=row.expand(3, -1), max_new_tokens=4)
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
 def test_bfloat16_is_finite_and_of_the_same_shape(make_sparse, make_batch, use_cache):
     model = make_sparse()
     batch = make_batch([3, "image", 5], ["image", 3])
