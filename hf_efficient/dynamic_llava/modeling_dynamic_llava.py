@@ -214,6 +214,9 @@ class DynamicLlavaModel(LlavaModel):
 
         masked = self.training or answer_labels is not None or not drop_tokens
         self._check_call(attention_mask, cache, masked, answer_labels)
+        past = cache.get_seq_length() if cache is not None else 0
+        if pixel_values is None and not mm_encoder_outputs and input_ids is not None and not past:
+            self._check_no_image_tokens(input_ids[:, :prompt_length])
         embeds, features, images = self._embed(
             input_ids, pixel_values, inputs_embeds, mm_encoder_outputs, {**host_inputs, **kwargs}
         )
@@ -222,7 +225,6 @@ class DynamicLlavaModel(LlavaModel):
         use_cache = self.config.text_config.use_cache if use_cache is None else use_cache
         if cache is None and use_cache and not masked:
             cache = SparseCache(self.config)
-        past = cache.get_seq_length() if cache is not None else 0
         self._check_window(past + new)
         if position_ids is None:
             position_ids = torch.arange(past, past + new, device=embeds.device)[None]
@@ -288,6 +290,14 @@ class DynamicLlavaModel(LlavaModel):
                 f"{tuple(attention_mask.shape)}: pass the mask of the tokenizer."
             )
 
+    def _check_no_image_tokens(self, prompt: torch.Tensor) -> None:
+        tokens = int((prompt == self.config.image_token_id).sum())
+        if tokens:
+            raise ValueError(
+                f"`input_ids` must hold image tokens only where images are given, got {tokens} image tokens and "
+                "neither `pixel_values` nor `mm_encoder_outputs`: pass the images of all rows."
+            )
+
     def _check_window(self, length: int) -> None:
         config = self.language_model.config
         window = getattr(config, "sliding_window", None)
@@ -328,7 +338,7 @@ class DynamicLlavaModel(LlavaModel):
                 raise ValueError(
                     f"`input_ids` must hold one image token for every image feature, got {tokens} image tokens and "
                     f"{len(features)} features of {len(pieces)} images: let the processor expand `<image>`, and pass "
-                    "the images of all rows."
+                    "the images of all rows, on a cache those of the new tokens alone."
                 )
         is_image = self.get_placeholder_mask(input_ids, inputs_embeds=embeds, image_features=features)[..., :1]
         images = Images.find(is_image[..., 0], [len(piece) for piece in pieces])

@@ -214,6 +214,19 @@ class TestWrongInput:
         with pytest.raises(ValueError, match=r"got 32 image tokens and 16 features of 1 images"):
             model.generate(**batch, max_new_tokens=2)
 
+    @pytest.mark.parametrize("use_cache", [True, False])
+    def test_image_tokens_without_images(self, make_sparse, make_batch, use_cache):
+        model = make_sparse()
+        batch = make_batch([3, "image", 5])
+        del batch["pixel_values"]
+        with pytest.raises(ValueError, match=r"got 16 image tokens and neither `pixel_values` nor"):
+            model(**batch)
+        with pytest.raises(ValueError, match=r"got 16 image tokens and neither `pixel_values` nor"):
+            model.generate(**batch, max_new_tokens=2, use_cache=use_cache)
+        model.generation_config.suppress_tokens = [token for token in range(128) if token != IMAGE]
+        output = model.generate(**make_batch([4]), max_new_tokens=3, use_cache=use_cache)
+        assert output[0, -3:].tolist() == [IMAGE] * 3, "an image token that is generated is text, as in the host"
+
     def test_image_across_rows(self, make_sparse):
         model = make_sparse()
         ids = torch.tensor([[1, *[IMAGE] * 6], [*[IMAGE] * 6, 4]])
