@@ -506,7 +506,9 @@ class DynamicLlavaForConditionalGeneration(
             **{CACHE: past_key_values if cache is None else cache},
             **kwargs,
         )
-        outputs = DynamicLlavaCausalLMOutputWithPast(**outputs, sparsity=self.model.last_sparsity)
+        # `nn.DataParallel` gathers the outputs of its replicas and takes tensors only
+        sparsity = None if getattr(self, "_is_replica", False) else self.model.last_sparsity
+        outputs = DynamicLlavaCausalLMOutputWithPast(**outputs, sparsity=sparsity)
         losses, self.model.keep_rate_losses = self.model.keep_rate_losses, None
         if self.training and labels is not None and losses:
             self._add_keep_rate_losses(outputs, losses, share.to(outputs.loss.device))

@@ -332,6 +332,24 @@ def test_a_bfloat16_base_trains_with_exact_predictors(make_trainable, make_examp
             assert parameter.grad.abs().sum() > 0
 
 
+def test_outputs_of_a_data_parallel_replica_can_be_gathered(make_trainable, make_examples):
+    model = make_trainable().train()
+    batch = stack(make_examples(2))
+    assert model(**batch).sparsity is not None
+    model._is_replica = True  # as `nn.DataParallel` marks its copies
+
+    def check(value):
+        if isinstance(value, dict):
+            value = list(value.values())
+        if isinstance(value, (list, tuple)):
+            return all(map(check, value))
+        return value is None or torch.is_tensor(value)
+
+    outputs = model(**batch)
+    assert outputs.keep_rate_losses is not None
+    assert check(outputs), outputs.keys()
+
+
 def test_labels_must_reach_a_training_forward(make_trainable, make_examples):
     model = make_trainable().train()
     batch = stack(make_examples(1))
