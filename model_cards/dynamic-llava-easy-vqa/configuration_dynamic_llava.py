@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from transformers import LlavaConfig
+from transformers import LlavaConfig, PreTrainedConfig
 
 
 SUPPORTED_TEXT_BACKBONES = ("llama", "mistral", "qwen2")
@@ -158,7 +158,17 @@ class DynamicLlavaConfig(LlavaConfig):
 
     def __setattr__(self, name: str, value: object) -> None:
         check_setting(name, value)
+        if name == "sparse_layer" and isinstance(self.__dict__.get("text_config"), PreTrainedConfig):
+            self._check_sparse_layer(value)
         super().__setattr__(name, value)
+
+    def _check_sparse_layer(self, value: int) -> None:
+        layers = self.text_config.num_hidden_layers
+        if value >= layers:
+            raise ValueError(
+                f"`sparse_layer` must be below the number of decoder layers ({layers}), got {value}: choose a "
+                "smaller `sparse_layer`."
+            )
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
@@ -168,12 +178,7 @@ class DynamicLlavaConfig(LlavaConfig):
                 f"`text_config.model_type` must be one of {', '.join(SUPPORTED_TEXT_BACKBONES)}, got {backbone!r}: "
                 "use a LLaVA-1.5 checkpoint with one of these language models."
             )
-        layers = self.text_config.num_hidden_layers
-        if self.sparse_layer >= layers:
-            raise ValueError(
-                f"`sparse_layer` must be below the number of decoder layers ({layers}), got {self.sparse_layer}: "
-                "choose a smaller `sparse_layer`."
-            )
+        self._check_sparse_layer(self.sparse_layer)
         width, heads = self.predictor_hidden_size, self.predictor_num_heads
         if width % 4 or width % heads:
             raise ValueError(

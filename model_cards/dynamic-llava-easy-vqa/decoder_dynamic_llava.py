@@ -156,7 +156,8 @@ def run_decoder(
         hidden_states = layer(
             hidden_states,
             attention_mask=masks[self.config.layer_types[index]] if isinstance(masks, dict) else masks,
-            position_ids=position_ids,
+            # rotary angles are made; flash attention takes positions with gaps for several packed sequences
+            position_ids=position_ids if index < sparse_layer else None,
             position_embeddings=position_embeddings,
             **cache,
             **kwargs,

@@ -14,6 +14,11 @@ from .decoder_dynamic_llava import CACHE
 REMEDY = "leave it out, or switch sparsity off with `vision_keep_rate=1` and `use_output_text_predictor=False`"
 
 
+def _count_rows(inputs: torch.Tensor | None, kwargs: dict[str, Any]) -> int | None:
+    given = (inputs, kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
+    return next((len(prompt) for prompt in given if prompt is not None), None)
+
+
 class SparseGenerationMixin(GenerationMixin):
     """Gives `generate()` a [`SparseCache`] and tells the model where the prompt ends."""
 
@@ -38,6 +43,9 @@ class SparseGenerationMixin(GenerationMixin):
         features = kwargs.get("mm_encoder_outputs")
         if features is not None:  # the host repeats them in place for beams
             kwargs["mm_encoder_outputs"] = {name: copy.copy(output) for name, output in features.items()}
+        decisions, rows = kwargs.get("text_decisions"), _count_rows(inputs, kwargs)
+        if decisions is not None and rows is not None and len(decisions) == 1:  # the host repeats rows for beams
+            kwargs["text_decisions"] = decisions.expand(rows, *decisions.shape[1:])
         try:
             return super().generate(inputs, generation_config, **kwargs)
         finally:
@@ -70,15 +78,23 @@ class SparseGenerationMixin(GenerationMixin):
                 f"cache that the model returned, {REMEDY}."
             )
 
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """Continuous batching of the host; with sparsity on it raises a `ValueError`."""
+        self._refuse_continuous_batching("init_continuous_batching")
+        return super().init_continuous_batching(*args, **kwargs)
+
     def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
         """Continuous batching of the host; with sparsity on it raises a `ValueError`."""
+        self._refuse_continuous_batching("generate_batch")
+        return super().generate_batch(*args, **kwargs)
+
+    def _refuse_continuous_batching(self, name: str) -> None:
         if self.model.settings().active:
             raise ValueError(
-                "`generate_batch` (continuous batching) needs a paged cache and cannot drop tokens, got a model with "
+                f"`{name}` (continuous batching) needs a paged cache and cannot drop tokens, got a model with "
                 "sparsity on: use `generate`, or switch sparsity off with `vision_keep_rate=1` and "
                 "`use_output_text_predictor=False`."
             )
-        return super().generate_batch(*args, **kwargs)
 
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any

@@ -135,12 +135,15 @@ class SparseLoadingMixin:
         return super().load_state_dict(state_dict, *args, **kwargs)
 
     def _predictor_weights(self) -> dict[str, torch.Tensor]:
-        return {
-            f"{name}.{key}": value
-            for name in PREDICTORS
-            if hasattr(self.model, name)
-            for key, value in getattr(self.model, name).state_dict().items()
-        }
+        weights = {}
+        for name in PREDICTORS:
+            predictor = getattr(self.model, name, None)
+            if hasattr(predictor, "modules_to_save"):  # peft keeps a trained copy beside the original
+                used = predictor.active_adapters
+                predictor = predictor.modules_to_save[used[0]] if used else predictor.original_module
+            if predictor is not None:
+                weights.update({f"{name}.{key}": value for key, value in predictor.state_dict().items()})
+        return weights
 
     def save_predictors(self, folder: str | os.PathLike) -> Path:
         """Write the predictors and the sparsity settings alone, each file whole or not at all.

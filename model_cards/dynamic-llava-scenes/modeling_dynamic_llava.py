@@ -214,6 +214,9 @@ class DynamicLlavaModel(LlavaModel):
 
         masked = self.training or answer_labels is not None or not drop_tokens
         self._check_call(attention_mask, cache, masked, answer_labels)
+        past = cache.get_seq_length() if cache is not None else 0
+        if pixel_values is None and not mm_encoder_outputs and input_ids is not None and not past:
+            self._check_no_image_tokens(input_ids[:, :prompt_length])
         embeds, features, images = self._embed(
             input_ids, pixel_values, inputs_embeds, mm_encoder_outputs, {**host_inputs, **kwargs}
         )
@@ -222,7 +225,6 @@ class DynamicLlavaModel(LlavaModel):
         use_cache = self.config.text_config.use_cache if use_cache is None else use_cache
         if cache is None and use_cache and not masked:
             cache = SparseCache(self.config)
-        past = cache.get_seq_length() if cache is not None else 0
         self._check_window(past + new)
         if position_ids is None:
             position_ids = torch.arange(past, past + new, device=embeds.device)[None]
@@ -232,7 +234,7 @@ class DynamicLlavaModel(LlavaModel):
 
         if masked:
             answers = self._answers(answer_labels, attended, images, prompt_length, batch, new, embeds.device)
-            chosen = self._chosen(text_decisions, 0, int(answers.sum(dim=1).max()))
+            chosen = self._chosen(text_decisions, 0, int(answers.sum(dim=1).max()), batch)
             step = MaskStep(self, settings, images, attended, answers, chosen)
         else:
             prompt_length = cache.prompt_length if prompt_length is None and cache is not None else prompt_length
@@ -241,7 +243,7 @@ class DynamicLlavaModel(LlavaModel):
             else:
                 generated = int(past > 0 and new == 1)
             start = cache.generated_tokens if cache is not None else 0
-            chosen = self._chosen(text_decisions, start, generated)
+            chosen = self._chosen(text_decisions, start, generated, batch)
             step = DropStep(self, settings, images, attended, cache, generated, chosen)
         outputs = run_decoder(
             self.language_model,
@@ -288,6 +290,14 @@ class DynamicLlavaModel(LlavaModel):
                 f"{tuple(attention_mask.shape)}: pass the mask of the tokenizer."
             )
 
+    def _check_no_image_tokens(self, prompt: torch.Tensor) -> None:
+        tokens = int((prompt == self.config.image_token_id).sum())
+        if tokens:
+            raise ValueError(
+                f"`input_ids` must hold image tokens only where images are given, got {tokens} image tokens and "
+                "neither `pixel_values` nor `mm_encoder_outputs`: pass the images of all rows."
+            )
+
     def _check_window(self, length: int) -> None:
         config = self.language_model.config
         window = getattr(config, "sliding_window", None)
@@ -328,7 +338,7 @@ class DynamicLlavaModel(LlavaModel):
                 raise ValueError(
                     f"`input_ids` must hold one image token for every image feature, got {tokens} image tokens and "
                     f"{len(features)} features of {len(pieces)} images: let the processor expand `<image>`, and pass "
-                    "the images of all rows."
+                    "the images of all rows, on a cache those of the new tokens alone."
                 )
         is_image = self.get_placeholder_mask(input_ids, inputs_embeds=embeds, image_features=features)[..., :1]
         images = Images.find(is_image[..., 0], [len(piece) for piece in pieces])
@@ -359,13 +369,13 @@ class DynamicLlavaModel(LlavaModel):
             is_image[row, columns] = True
         return find_answers(labels.to(device), attended, is_image)
 
-    def _chosen(self, decisions: torch.Tensor | None, start: int, count: int) -> torch.Tensor | None:
+    def _chosen(self, decisions: torch.Tensor | None, start: int, count: int, batch: int) -> torch.Tensor | None:
         if decisions is None or not count:
             return None
-        if decisions.dim() != 2 or decisions.shape[1] < start + count:
+        if decisions.dim() != 2 or decisions.shape[1] < start + count or len(decisions) not in (1, batch):
             raise ValueError(
-                f"`text_decisions` must have the shape (batch or 1, generated tokens) with at least {start + count} "
-                f"tokens, got {tuple(decisions.shape)}: give one decision for every generated token."
+                f"`text_decisions` must have the shape ({batch} or 1 rows, generated tokens) with at least "
+                f"{start + count} tokens, got {tuple(decisions.shape)}: give one decision for every generated token."
             )
         return decisions[:, start : start + count].bool()
 
@@ -496,7 +506,9 @@ class DynamicLlavaForConditionalGeneration(
             **{CACHE: past_key_values if cache is None else cache},
             **kwargs,
         )
-        outputs = DynamicLlavaCausalLMOutputWithPast(**outputs, sparsity=self.model.last_sparsity)
+        # `nn.DataParallel` gathers the outputs of its replicas and takes tensors only
+        sparsity = None if getattr(self, "_is_replica", False) else self.model.last_sparsity
+        outputs = DynamicLlavaCausalLMOutputWithPast(**outputs, sparsity=sparsity)
         losses, self.model.keep_rate_losses = self.model.keep_rate_losses, None
         if self.training and labels is not None and losses:
             self._add_keep_rate_losses(outputs, losses, share.to(outputs.loss.device))
