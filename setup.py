@@ -40,7 +40,7 @@ EXTRAS = {
 }
 EXTRAS["test"] = sorted(
     {requirement for name in EXTRAS for requirement in EXTRAS[name]}
-    | {"pytest>=8.0", "pytest-timeout", "coverage>=7.0", "pyyaml", "ruff==0.17.6"}
+    | {"pytest>=8.0", "pytest-timeout", "pytest-xdist", "coverage>=7.0", "pyyaml", "ruff==0.17.6"}
 )
 EXTRAS["dev"] = [*EXTRAS["test"], "pre-commit>=4.0"]
 

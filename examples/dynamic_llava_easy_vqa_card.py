@@ -68,7 +68,7 @@ PAPER = {
 
 @torch.no_grad()
 def ask(model: Any, processor: LlavaProcessor, image: Image.Image, question: str) -> tuple[str, dict[str, float]]:
-    """Answer one question the way a user asks it; also what the prefill costs."""
+    """Answer one question the way a user asks it; also what the prefill costs, its attention by the plain kernel."""
     content = [{"type": "image", "image": image}, {"type": "text", "text": question}]
     inputs = processor.apply_chat_template(
         [{"role": "user", "content": content}],
@@ -81,8 +81,6 @@ def ask(model: Any, processor: LlavaProcessor, image: Image.Image, question: str
     layers = out["cache" if "cache" in out else "past_key_values"].layers  # renamed in transformers 5.24
     sizes = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for x in layers for t in (x.keys, x.values)}
     features = model.get_image_features(inputs.pop("pixel_values"), return_dict=True)
-    # the decoder and, where it runs, the predictor; the counter knows no fused attention of the CPU, the plain one has
-    # the same multiply-adds
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(**inputs, mm_encoder_outputs={"image": features}, logits_to_keep=1)
     answer = processor.decode(out.sequences[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
@@ -104,8 +102,7 @@ def draw_panels(dense: Any, sparse: Any, data: EasyVQA, processor: LlavaProcesso
         kept = sparse.last_sparsity.image_index[0][0].tolist()
         left, top = panel % 4 * width + 12, panel // 4 * height + 12
         sheet.paste(picture.resize((side, side), Image.Resampling.NEAREST), (left, top))
-        step = 8 * zoom
-        veil = Image.new("RGB", (step, step), (70, 74, 86))
+        step, veil = 8 * zoom, Image.new("RGB", (8 * zoom, 8 * zoom), (70, 74, 86))
         for patch in range(TOKENS):
             spot = (left + patch % 8 * step, top + patch // 8 * step)
             if patch not in kept:

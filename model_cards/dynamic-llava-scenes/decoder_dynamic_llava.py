@@ -165,6 +165,13 @@ def run_decoder(
     return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **cache)
 
 
+def _follow(step: "DropStep | MaskStep", device: torch.device, position_ids: torch.Tensor) -> torch.Tensor:
+    """Bring what a step knows of its input, and the positions, to the device of the sparse layer."""
+    step.images.columns = [columns.to(device) for columns in step.images.columns]
+    step.attended = step.attended if step.attended is None else step.attended.to(device)
+    return position_ids.to(device)
+
+
 @dataclass
 class DropStep:
     """Inference: what is dropped at the sparse layer leaves the computation, and the caches from there on.
@@ -190,6 +197,7 @@ class DropStep:
     def enter(self, hidden_states: torch.Tensor, position_ids: torch.Tensor) -> Entered:
         """Decide, drop, and prepare positions and mask of the sparse layers."""
         batch, new = hidden_states.shape[:2]
+        position_ids = _follow(self, hidden_states.device, position_ids)
         self.kept_now: list[int] | None = None
         self.positions = position_ids.expand(batch, -1)
         self.image_index: list[torch.Tensor] = [columns.new_empty(0) for columns in self.images.columns]
@@ -325,6 +333,8 @@ class MaskStep:
     def enter(self, hidden_states: torch.Tensor, position_ids: torch.Tensor) -> Entered:
         """Decide and hand the decisions to the attention of the sparse layers."""
         batch, tokens = hidden_states.shape[:2]
+        position_ids = _follow(self, hidden_states.device, position_ids)
+        self.answers = self.answers.to(hidden_states.device)
         self.positions = position_ids.expand(batch, -1)
         self.losses: dict[str, torch.Tensor] = {}
         self.image_index: list[torch.Tensor] = [columns.new_empty(0) for columns in self.images.columns]

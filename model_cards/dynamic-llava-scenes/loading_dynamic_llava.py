@@ -103,7 +103,8 @@ class SparseLoadingMixin:
         inner.language_model, self.lm_head = host.language_model, llava.lm_head
         self.config.text_config, self.config.vision_config = host.language_model.config, host.vision_tower.config
         hook_attention(inner.language_model)
-        device = inner.language_model.get_input_embeddings().weight.device
+        device = next(inner.language_model.layers[self.config.sparse_layer - 1].parameters()).device
+        device = inner.language_model.get_input_embeddings().weight.device if device.type == "meta" else device
         for name in PREDICTORS:
             if hasattr(inner, name):
                 predictor = getattr(inner, name).to_empty(device=device)

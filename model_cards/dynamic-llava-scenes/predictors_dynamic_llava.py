@@ -94,7 +94,7 @@ class ImageScorePredictor(nn.Module):
         Returns:
             `torch.FloatTensor` of shape `(images, tokens, 2)`: raw logits, column 0 = keep, column 1 = drop.
         """
-        hidden_states = self.down_mlp(hidden_states.to(self.down_mlp[0].weight.dtype))
+        hidden_states = self.down_mlp(hidden_states.to(self.down_mlp[0].weight))
         if policy is not None:
             hidden_states = hidden_states * policy
         for block in self.transformer:
@@ -124,7 +124,7 @@ class TextScorePredictor(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Score tokens, `(..., input_size)` to raw logits `(..., 2)`, column 0 = keep, column 1 = drop."""
-        return self.output_mlp(hidden_states.to(self.output_mlp[0].weight.dtype))
+        return self.output_mlp(hidden_states.to(self.output_mlp[0].weight))
 
 
 __all__ = ["ImageScorePredictor", "TextScorePredictor"]
