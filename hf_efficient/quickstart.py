@@ -101,11 +101,11 @@ def _render(report: dict[str, Any], output: Path) -> str:
         summary += [
             [title, measure, without, with_, _ratio(without, with_)] for measure, without, with_ in part["summary"]
         ]
-    lines += [format_table(["method", "measure", "without", "with", "ratio"], summary), ""]
+    lines += [format_table(["method", "measure", "without", "with", "with / without"], summary), ""]
     for part in report["parts"].values():
         lines += [f"{output / picture['file']}: {picture['caption']}" for picture in part["pictures"]]
     meta = report["meta"]
-    lines.append(f"{report['seconds']} s on {meta['cpu']}, {meta['threads']} threads, {meta['date']}.")
+    lines.append(f"{report['seconds']} s on {meta['cpu']}, {meta['threads']} thread(s), {meta['date']}.")
     return "\n".join(lines)
 
 

@@ -68,6 +68,8 @@ def run(checkpoints: Path, output: Path) -> dict[str, Any]:
         "pictures": pictures,
         "notes": [
             "Dense and sparse are the same weights with sparsity off and on; the cards compare with dense training.",
+            "On easy-VQA the kept patches mean little: layers 0 and 1 see all of them and have read the answer.",
+            "At a million parameters the overhead outweighs what is saved: compare FLOPs and bytes, not ms.",
             "Tokens are those the sparse layers hold after the answer; milliseconds and FLOPs count the whole prefill "
             "and the vision tower.",
             f"Scene, dense:  {scene['dense']['answer']}",

@@ -63,7 +63,7 @@ def run(checkpoints: Path, output: Path) -> dict[str, Any]:
         "pictures": [{"file": PICTURE, "caption": "patches that each stage of ToE keeps of four digits"}],
         "notes": [
             f"The multiply-adds of this schedule allow {bound:.2f} times the speed on this small model.",
-            "Two epochs show the callback at work, not the accuracy of a finished training; the card has that.",
+            "Two epochs show the callback at work, not the accuracy of a finished training.",
             "The trained model is a plain ViT: it evaluates on all tokens.",
         ],
         "details": {"speedup_bound": bound, "kept_tokens": kept, "config": ToEConfig().to_dict()},

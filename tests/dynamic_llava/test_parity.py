@@ -47,7 +47,8 @@ def close(numbers):
 @pytest.fixture
 def watch(model):
     """Inputs and outputs of the modules around the sparse layer, call by call."""
-    seen = {"image_in": [], "image_out": [], "text_out": [], "sparse_in": [], "sparse_positions": [], "positions": []}
+    names = ("image_in", "image_out", "text_out", "sparse_in", "sparse_positions", "positions", "rotated")
+    seen = {name: [] for name in names}
     inner = model.model
 
     def on_image(module, args, output):
@@ -56,8 +57,11 @@ def watch(model):
 
     def on_sparse_layer(module, args, kwargs):
         seen["sparse_in"].append(args[0])
-        seen["sparse_positions"].append(kwargs["position_ids"])
+        seen["sparse_positions"].append(seen["rotated"][-1])  # the positions behind the rotary embedding in force
 
+    inner.language_model.rotary_emb.register_forward_pre_hook(
+        lambda _, args, kwargs: seen["rotated"].append(kwargs["position_ids"]), with_kwargs=True
+    )
     inner.image_score_predictor.register_forward_hook(on_image)
     inner.output_text_score_predictor.register_forward_hook(lambda _, args, output: seen["text_out"].append(output))
     inner.language_model.layers[SPARSE_LAYER].register_forward_pre_hook(on_sparse_layer, with_kwargs=True)
