@@ -56,7 +56,7 @@ LIMITS = [
     "Dropping words by chance at the same rate does as well here: layers 0 and 1 still see every word, and a scene "
     "asks for little memory of what was said. The predictor of words shows its mechanism, not its worth.",
     "One seed. The intervals are over held-out scenes and do not cover the spread between trainings.",
-    "The 40 % of the last row was chosen after 20 % had been measured on these same scenes: its figures flatter a little.",
+    "The last row's 40 % was chosen after 20 % had been measured on these scenes: its figures flatter a little.",
     "The words are kept by threshold, so the share of kept words is a result of training, not a setting that is "
     "enforced.",
     "At this size fewer tokens save arithmetic and cache, not noticeable time.",

@@ -335,7 +335,9 @@ def test_a_pickle_by_another_name_is_not_read(authors_folder, tmp_path):
         convert_dynamic_llava_checkpoint(source, tmp_path / "new")
 
 
-@pytest.mark.parametrize("name", ["../outside.safetensors", "/elsewhere/x.safetensors", "a\\b.safetensors", "config.json"])
+@pytest.mark.parametrize(
+    "name", ["../outside.safetensors", "/elsewhere/x.safetensors", "a\\b.safetensors", "config.json"]
+)
 def test_names_in_an_index_stay_in_the_folder(authors_folder, tmp_path, name):
     source = authors_folder(shards=2)
     save_file({"x": torch.ones(1)}, tmp_path / "outside.safetensors")
