@@ -40,15 +40,15 @@ def run(checkpoints: Path, output: Path) -> dict[str, Any]:
         ImportError: If the easy-vqa package is not installed.
     """
     questions = _pick_questions()
-    model, processor = _load(checkpoints / EASY_VQA)
+    model, processor = load_checkpoint(checkpoints / EASY_VQA)
     answers = [
-        {"truth": truth, **_compare(model, processor, Image.open(path).convert("RGB"), question, 8)}
+        {"truth": truth, **compare_answers(model, processor, Image.open(path).convert("RGB"), question, 8)}
         for question, truth, path in logging.tqdm(questions, desc="easy-VQA questions")
     ]
-    scene_model, scene_processor = _load(checkpoints / SCENES)
+    scene_model, scene_processor = load_checkpoint(checkpoints / SCENES)
     sample = _read_sample(checkpoints / SCENES)
     scene_image = Image.open(checkpoints / SCENES / sample["file"]).convert("RGB")
-    scene = _compare(scene_model, scene_processor, scene_image, sample["text"], 160)
+    scene = compare_answers(scene_model, scene_processor, scene_image, sample["text"], 160)
     pictures = _draw(output, answers[0], scene)
 
     items = [*answers, scene]
@@ -103,7 +103,18 @@ def _read_sample(folder: Path) -> dict[str, str]:
     return results["sample"]
 
 
-def _load(folder: Path) -> tuple[DynamicLlavaForConditionalGeneration, Any]:
+def load_checkpoint(folder: Path) -> tuple[DynamicLlavaForConditionalGeneration, Any]:
+    """Load a sparse LLaVA in float32 and its processor from a folder.
+
+    Args:
+        folder (`Path`): The checkpoint.
+
+    Returns:
+        `tuple`: The model in `eval()` mode, and the processor.
+
+    Raises:
+        FileNotFoundError: If the folder holds no checkpoint.
+    """
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(
             f"{folder} holds no checkpoint; check out model_cards/{folder.name} of the repository again."
@@ -128,10 +139,29 @@ def _sparsity_off(model: DynamicLlavaForConditionalGeneration) -> Iterator[None]
 
 
 @torch.no_grad()
-def _compare(
-    model: DynamicLlavaForConditionalGeneration, processor: Any, image: Image.Image, text: str, length: int
+def compare_answers(
+    model: DynamicLlavaForConditionalGeneration,
+    processor: Any,
+    image: Image.Image,
+    text: str,
+    length: int,
+    **rates: float,
 ) -> dict[str, Any]:
-    """Generate dense and sparse, and measure both prefills interleaved."""
+    """Answer dense and sparse with the same weights, and measure both prefills taking turns.
+
+    Args:
+        model ([`DynamicLlavaForConditionalGeneration`]): Model in `eval()` mode.
+        processor (`Any`): Its processor.
+        image (`PIL.Image.Image`): Picture.
+        text (`str`): Question.
+        length (`int`): Most tokens of an answer.
+        **rates (`float`): Sparsity of this call, such as `vision_keep_rate`; default: the model's.
+
+    Returns:
+        `dict`: `text`, `image`; `dense` and `sparse`, each with `answer`, `image_tokens` and `text_tokens` (those that
+        the sparse layers hold after the answer), `kv_bytes`, `prefill_flops` and `prefill_ms` (median of five);
+        `record` ([`SparsityRecord`], None if the rates drop nothing) and `words` (tokens of the sparse answer).
+    """
     messages = [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": text}]}]
     inputs = processor.apply_chat_template(
         messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
@@ -139,17 +169,20 @@ def _compare(
     image_tokens = int((inputs["input_ids"] == model.config.image_token_id).sum())
     with _sparsity_off(model):
         dense = _generate(model, processor, inputs, length)
-    sparse = _generate(model, processor, inputs, length)
-    record, words = model.last_sparsity, processor.tokenizer.convert_ids_to_tokens(sparse.pop("ids"))
-    del dense["ids"]
-    dense["image_tokens"], sparse["image_tokens"] = image_tokens, sum(len(index) for index in record.image_index[0])
-    dense["text_tokens"], sparse["text_tokens"] = len(record.text_keep[0]), int(record.text_keep[0].sum())
+    sparse = _generate(model, processor, inputs, length, **rates)
+    record, ids = model.last_sparsity, sparse.pop("ids")
+    dense["image_tokens"], dense["text_tokens"] = image_tokens, len(dense.pop("ids")) - 1  # the last is not fed back
+    sparse["image_tokens"], sparse["text_tokens"] = image_tokens, len(ids) - 1
+    if record is not None:
+        sparse["image_tokens"] = sum(len(index) for index in record.image_index[0])
+        sparse["text_tokens"] = int(record.text_keep[0].sum())
     seconds: dict[str, list[float]] = {"dense": [], "sparse": []}
     for _ in range(REPEATS):
         with _sparsity_off(model):
             seconds["dense"].append(_time_prefill(model, inputs))
-        seconds["sparse"].append(_time_prefill(model, inputs))
+        seconds["sparse"].append(_time_prefill(model, inputs, **rates))
     dense["prefill_ms"], sparse["prefill_ms"] = (1e3 * statistics.median(seconds[mode]) for mode in seconds)
+    words = processor.tokenizer.convert_ids_to_tokens(ids)
     return {"text": text, "dense": dense, "sparse": sparse, "image": image, "record": record, "words": words}
 
 
@@ -165,13 +198,13 @@ def _draw(output: Path, question: dict[str, Any], scene: dict[str, Any]) -> list
 
 
 def _generate(
-    model: DynamicLlavaForConditionalGeneration, processor: Any, inputs: dict, length: int
+    model: DynamicLlavaForConditionalGeneration, processor: Any, inputs: dict, length: int, **rates: float
 ) -> dict[str, Any]:
     # the counter knows no fused attention of the CPU; the plain one has the same multiply-adds
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        model(**inputs, use_cache=True, logits_to_keep=1)
+        model(**inputs, use_cache=True, logits_to_keep=1, **rates)
     settings = {"max_new_tokens": length, "do_sample": False, "return_dict_in_generate": True}
-    out = model.generate(**inputs, **settings)
+    out = model.generate(**inputs, **settings, **rates)
     new = out.sequences[0, inputs["input_ids"].shape[1] :]
     return {
         "ids": new.tolist(),
@@ -181,9 +214,9 @@ def _generate(
     }
 
 
-def _time_prefill(model: DynamicLlavaForConditionalGeneration, inputs: dict) -> float:
+def _time_prefill(model: DynamicLlavaForConditionalGeneration, inputs: dict, **rates: float) -> float:
     start = time.perf_counter()
-    model(**inputs, use_cache=True, logits_to_keep=1)
+    model(**inputs, use_cache=True, logits_to_keep=1, **rates)
     return time.perf_counter() - start
 
 

@@ -56,9 +56,9 @@ def test_part(checkpoints, tmp_path, monkeypatch):
 
 def test_answers_are_those_of_the_model(checkpoints, word_processor):
     """The dense column is the model with sparsity off, the sparse one the model as it loads."""
-    model, processor = part._load(checkpoints / part.SCENES)
+    model, processor = part.load_checkpoint(checkpoints / part.SCENES)
     image = Image.open(checkpoints / part.SCENES / "sample.png")
-    item = part._compare(model, processor, image, "w5 w6 w7", 20)
+    item = part.compare_answers(model, processor, image, "w5 w6 w7", 20)
     assert model.config.use_vision_predictor
     assert model.config.use_output_text_predictor
 
