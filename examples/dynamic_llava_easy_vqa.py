@@ -37,6 +37,7 @@ from transformers import LlavaForConditionalGeneration, LlavaProcessor, Trainer,
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from hf_efficient import DynamicLlavaForConditionalGeneration, DynamicLlavaTrainer, DynamicLlavaTrainingArguments
+from hf_efficient.metrics import load_metric
 from hf_efficient.results import run_meta, write_whole
 
 
@@ -116,7 +117,7 @@ def measure(model: nn.Module, data: EasyVQA, processor: LlavaProcessor, rows: li
     parts = [data.pixels(torch.tensor(images[begin : begin + batch])) for begin in range(0, len(images), batch)]
     parts = [feature for part in parts for feature in model.get_image_features(part, return_dict=True).pooler_output]
     features = dict(zip(images, parts, strict=True))  # each image is encoded once, not once a question
-    hits = {"all": []}
+    answers = {"all": []}  # kind -> what was said, and what is true
     for begin in range(0, len(rows), batch):
         part = rows[begin : begin + batch]
         inputs = tokenizer.pad({"input_ids": [encoded[row][0] for row in part]}, return_tensors="pt")
@@ -126,9 +127,12 @@ def measure(model: nn.Module, data: EasyVQA, processor: LlavaProcessor, rows: li
         for row, answer in zip(part, said, strict=True):
             truth = data.answers[row]
             kind = "shape" if truth in SHAPES else "color" if truth in COLORS else "yes_no"
-            hits["all"].append(answer == truth)
-            hits.setdefault(kind, []).append(answer == truth)
-    shares = {kind: 100 * sum(found) / len(found) for kind, found in hits.items()}
+            for name in ("all", kind):
+                answers.setdefault(name, []).append((answer, truth))
+    metric, shares = load_metric("accuracy"), {}
+    for kind, found in answers.items():
+        said, true = zip(*found)
+        shares[kind] = 100 * metric.compute(predictions=said, references=true)["accuracy"]
     return {**shares, "questions": len(rows), "seconds": round(time.time() - start, 1)}
 
 

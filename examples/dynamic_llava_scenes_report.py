@@ -2,8 +2,10 @@
 
 import numpy as np
 import torch
-from dynamic_llava_scenes_data import HELD_OUT_SEED, SceneDataset, conversation, grade, make_scene
+from dynamic_llava_scenes_data import HELD_OUT_SEED, SceneDataset, conversation, make_scene, names_total
 from transformers import LlavaProcessor
+
+from hf_efficient.metrics import load_metric
 
 
 def _answers(output, prompt_length: int, pad: int) -> list[torch.Tensor]:
@@ -22,9 +24,10 @@ def evaluate_scenes(model, processor: LlavaProcessor, count: int, batch: int = 1
     """Describe the first `count` held-out scenes greedily; count right facts, loss, kept words and cache bytes.
 
     Returns:
-        `dict`: lists with one entry a scene: facts (see [`grade`]), `loss` (sum over `tokens`), `generated` and
-        `kept` (words fed back, and those written to the sparse layers), `texts`; for the first `kv_scenes` alone
-        at batch 1: `kv_bytes` after the last word and `kv_prompt_bytes` before the first.
+        `dict`: lists with one entry a scene: counts of the metric `facts`, `total` (whether the number of shapes is
+        right), `loss` (sum over `tokens`), `generated` and `kept` (words fed back, and those written to the sparse
+        layers), `texts`; for the first `kv_scenes` alone at batch 1: `kv_bytes` after the last word and
+        `kv_prompt_bytes` before the first.
     """
     model.eval()
     scenes, pad = [make_scene(HELD_OUT_SEED + i) for i in range(count)], processor.tokenizer.pad_token_id
@@ -50,8 +53,10 @@ def evaluate_scenes(model, processor: LlavaProcessor, count: int, batch: int = 1
             found["generated"].append(fed_back)
             found["kept"].append(int(words.sum()))
         found["texts"] += processor.batch_decode(answers, skip_special_tokens=True)
-    facts = [grade(text, scene) for text, scene in zip(found["texts"], scenes)]
+    truths = [scene.description for scene in scenes]
+    facts = load_metric("facts").compute(predictions=found["texts"], references=truths)["per_description"]
     found |= {name: [fact[name] for fact in facts] for name in facts[0]}
+    found["total"] = [int(names_total(text, scene)) for text, scene in zip(found["texts"], scenes)]
     found["loss"], found["tokens"] = [], []
     for start in range(0, count, batch):
         inputs = data.collate([data[i] for i in range(start, min(start + batch, count))])

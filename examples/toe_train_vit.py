@@ -37,6 +37,7 @@ from transformers import (
 )
 
 from hf_efficient import ToECallback, ToEConfig
+from hf_efficient.metrics import load_metric
 from hf_efficient.results import run_meta, write_whole
 from hf_efficient.toe.expansion_toe import RandomDrop
 from hf_efficient.toe.resume_toe import translate_names
@@ -88,7 +89,8 @@ def make_callback(arm: str, args: argparse.Namespace) -> list[ToECallback]:
 
 
 def accuracy(prediction: tuple) -> dict[str, float]:
-    return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
+    answers = prediction.predictions.argmax(-1)
+    return load_metric("accuracy").compute(predictions=answers, references=prediction.label_ids)
 
 
 def train(args: argparse.Namespace, arm: str, seed: int) -> None:

@@ -15,6 +15,7 @@ from transformers import AutoModelForImageClassification, PreTrainedModel, ViTIm
 
 from hf_efficient import ToEConfig
 from hf_efficient.hub import write_results
+from hf_efficient.metrics import load_metric
 from hf_efficient.results import write_whole
 from hf_efficient.toe import speedup_bound
 from hf_efficient.toe.cost_toe import count_patches
@@ -30,13 +31,13 @@ def measure_test(args: argparse.Namespace, folder: Path, run: dict[str, Any]) ->
         return
     images, labels, _ = decode(args.dataset, "test", args.image_size, args.output / "decoded")
     model = AutoModelForImageClassification.from_pretrained(folder / "model").half().float().eval()
-    rows, collate, hits = Rows(0, len(labels), augment=False), Batches(images, labels), 0
+    rows, collate, metric = Rows(0, len(labels), augment=False), Batches(images, labels), load_metric("accuracy")
     for start in range(0, len(rows), 250):
         batch = collate([rows[i] for i in range(start, min(start + 250, len(rows)))])
         with torch.inference_mode():
             logits = model(pixel_values=batch["pixel_values"]).logits
-        hits += (logits.argmax(-1) == batch["labels"]).sum().item()
-    run["test_accuracy"] = hits / len(rows)
+        metric.add_batch(predictions=logits.argmax(-1), references=batch["labels"])
+    run["test_accuracy"] = metric.compute()["accuracy"]
     run["test_images"] = len(rows)
     write_whole(folder / "run.json", json.dumps(run, indent=2) + "\n")
 
