@@ -4,14 +4,21 @@ A subcommand is a class in the module of its part, named once in `_COMMANDS` and
 docstring is the text of `--help`, examples included. It has two static methods: `add_arguments(parser)`, and
 `run(arguments) -> dict`, whose result `--json` writes and whose `"text"` the terminal shows. `run` raises
 `ValueError`, `OSError` or `ImportError` with one clear sentence where the user can mend something; `main` turns that
-into exit code 2. Every subcommand has `--json FILE` and `--quiet`.
+into exit code 2, and names of arguments in backticks into what was typed (`` `overwrite=True` `` into `--overwrite`).
+Every subcommand has `--json FILE` and `--quiet`. Standard output belongs to the result: whatever a library prints
+while the command runs goes to standard error.
 """
 
 import argparse
 import inspect
 import json
+import logging
 import os
+import re
 import sys
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, redirect_stdout
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn
@@ -39,6 +46,7 @@ _COMMANDS: dict[str, tuple[str, str, str]] = {
     "cartoonize": ("pix2pix.commands_pix2pix", "Cartoonize", "turn photographs into cartoons"),
     "translate": ("pix2pix.commands_pix2pix", "Translate", "translate pictures with an image-to-image model"),
     "robustness": ("pix2pix.commands_pix2pix", "Robustness", "measure a cartoon-to-photo model on other cartoons"),
+    "report": ("report_command", "Report", "measure what a model costs and what a method saves"),
     "push": ("hub", "Push", "push a checkpoint folder with its card to the Hub"),
 }
 
@@ -54,7 +62,18 @@ says what to change; set HF_EFFICIENT_TRACEBACK=1 to see the traceback as well.
 
 
 class _Parser(argparse.ArgumentParser):
-    """An `ArgumentParser` that complains in one sentence."""
+    """An `ArgumentParser` that complains in one sentence and knows how each argument is typed."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.typed: dict[str, str] = {}  # name in Python -> what a user types
+        super().__init__(*args, **kwargs)
+
+    def add_argument(self, *args: Any, **kwargs: Any) -> argparse.Action:
+        """Add an argument and note its spelling."""
+        action = super().add_argument(*args, **kwargs)
+        options = action.option_strings
+        self.typed[action.dest] = options[-1] if options else str(action.metavar or action.dest)
+        return action
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
@@ -71,12 +90,15 @@ def main(argv: list[str] | None = None) -> int:
     """
     argv = sys.argv[1:] if argv is None else argv
     chosen = argv[0] if argv and argv[0] in _COMMANDS else None
+    typed: dict[str, str] = {}
     try:
         command = _load(chosen) if chosen else None
-        arguments = _build_parser(chosen, command).parse_args(argv)
-        _set_up_output(arguments)
-        _import_package().register()
-        report = command.run(arguments)
+        parser, typed = _build_parser(chosen, command)
+        arguments = parser.parse_args(argv)
+        _check_json(arguments.json)
+        with _output(arguments.quiet):
+            _import_package().register()
+            report = command.run(arguments)
         _write_report(report, arguments)
     except KeyboardInterrupt:
         sys.stderr.write("hf-efficient: interrupted\n")
@@ -84,10 +106,25 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError, ImportError) as error:
         if os.environ.get("HF_EFFICIENT_TRACEBACK"):
             raise
-        sentence = " ".join(str(error).split()) or type(error).__name__
-        sys.stderr.write(f"hf-efficient{' ' + chosen if chosen else ''}: error: {sentence}\n")
+        sys.stderr.write(f"hf-efficient{' ' + chosen if chosen else ''}: error: {describe(error, typed)}\n")
         return 2
     return 0
+
+
+def describe(error: Exception, typed: Mapping[str, str]) -> str:
+    """Say on one line what is wrong, in the words of the command line.
+
+    Args:
+        error (`Exception`): What was raised.
+        typed (`Mapping[str, str]`): Name of an argument in Python -> what a user types for it.
+
+    Returns:
+        `str`: The message; `` `name` `` and `` `name=True` `` of an argument are replaced by its spelling.
+    """
+    if isinstance(error, OSError) and error.strerror and error.filename:  # straight from the operating system
+        return f"{os.fspath(error.filename)}: {error.strerror}; check this path, or choose another one."
+    message = " ".join(str(error).split()) or type(error).__name__
+    return re.sub(r"`(\w+)(?:=\w+)?`", lambda match: typed.get(match[1], match[0]), message)
 
 
 def _import_package() -> Any:
@@ -99,13 +136,14 @@ def _load(name: str) -> Any:
     return getattr(import_module(f".{module}", __package__), attribute)
 
 
-def _build_parser(chosen: str | None, command: Any) -> argparse.ArgumentParser:
-    """Build the parser: all subcommands by name, only the chosen one with its arguments."""
+def _build_parser(chosen: str | None, command: Any) -> tuple[argparse.ArgumentParser, dict[str, str]]:
+    """Build the parser: all subcommands by name, only the chosen one with its arguments, whose spelling comes too."""
     raw = argparse.RawDescriptionHelpFormatter
     description = _import_package().__doc__.split("\n")[0]
     parser = _Parser(prog="hf-efficient", description=description, epilog=_EPILOG, formatter_class=raw)
     parser.add_argument("--version", action="version", version=f"hf-efficient {_import_package().__version__}")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands", required=True)
+    typed: dict[str, str] = {}
     for name, (_, _, summary) in _COMMANDS.items():
         if name != chosen:
             subparsers.add_parser(name, help=summary, add_help=False)
@@ -117,20 +155,48 @@ def _build_parser(chosen: str | None, command: Any) -> argparse.ArgumentParser:
             "--json", metavar="FILE", help="also write the result as JSON ('-' for standard output)"
         )
         subparser.add_argument("--quiet", action="store_true", help="no progress bars, no messages but errors")
-    return parser
+        typed = subparser.typed
+    return parser, typed
 
 
-def _set_up_output(arguments: argparse.Namespace) -> None:
-    if arguments.json and arguments.json != "-" and not Path(arguments.json).absolute().parent.is_dir():
-        raise FileNotFoundError(f"--json {arguments.json}: the folder does not exist; create it first.")
-    if not arguments.quiet:
+def _check_json(file: str | None) -> None:
+    """Refuse a file that cannot be written before the work starts."""
+    if file is None or file == "-":
         return
-    from huggingface_hub.utils import disable_progress_bars
-    from transformers.utils import logging
+    if not Path(file).absolute().parent.is_dir():
+        raise FileNotFoundError(f"--json {file}: the folder does not exist; create it first.")
+    if Path(file).is_dir():
+        raise IsADirectoryError(f"--json {file} is a folder; name a file in it.")
 
-    disable_progress_bars()
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
+
+@contextmanager
+def _output(quiet: bool) -> Iterator[None]:
+    """Keep standard output for the result, and what libraries have to say about themselves away from the terminal."""
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+    from transformers.utils import logging as library
+
+    own = logging.getLogger(__package__)
+    level, verbosity = own.level, library.get_verbosity()
+    bars, hub_bars = library.is_progress_bar_enabled(), not are_progress_bars_disabled()
+    if "TRANSFORMERS_VERBOSITY" not in os.environ:
+        library.set_verbosity_error()
+    if quiet:
+        own.setLevel(logging.ERROR)
+        disable_progress_bars()
+        library.disable_progress_bar()
+    try:
+        with warnings.catch_warnings(), open(os.devnull, "w", encoding="utf-8") as nowhere:
+            if not sys.warnoptions:
+                warnings.simplefilter("ignore")
+            with redirect_stdout(nowhere if quiet else sys.stderr):
+                yield
+    finally:
+        own.setLevel(level)
+        library.set_verbosity(verbosity)
+        if quiet and hub_bars:
+            enable_progress_bars()
+        if quiet and bars:
+            library.enable_progress_bar()
 
 
 def _write_report(report: dict[str, Any], arguments: argparse.Namespace) -> None:

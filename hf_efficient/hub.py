@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import CommitOperationAdd, EvalResult, HfApi, ModelCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from transformers.utils import logging
 
 from .results import RESULTS_NAME, check_results, read_results, run_meta, write_whole
@@ -292,6 +294,12 @@ def _push_folder(
     revision: str | None,
     commit_message: str | None,
 ) -> str:
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise ValueError(
+            f"`repo_id` must be user/name, of letters, digits, '.', '_' and '-', got {repo_id!r}: choose another name."
+        ) from error
     files = checkpoint_files(folder)
     if results is None and RESULTS_NAME in files:
         results = read_results(folder)
@@ -331,7 +339,7 @@ def checkpoint_files(folder: str | os.PathLike) -> dict[str, Path]:
     """
     root = Path(folder).resolve()
     if not root.is_dir():
-        raise FileNotFoundError(f"{folder} is not a folder; push_checkpoint needs a checkpoint folder or a model.")
+        raise FileNotFoundError(f"{folder} is not a folder; name one that save_pretrained() wrote.")
     files, left = {}, []
     for parent, folders, names in os.walk(root, followlinks=False):
         inside = Path(parent)
@@ -418,8 +426,10 @@ class Push:
     @staticmethod
     def add_arguments(parser: argparse.ArgumentParser) -> None:
         """Add the arguments of `push` to `parser`."""
-        parser.add_argument("folder", help="checkpoint folder")
-        parser.add_argument("repo_id", help="repository, user/name; created where it does not exist")
+        parser.add_argument("folder", metavar="FOLDER", help="checkpoint folder")
+        parser.add_argument(
+            "repo_id", metavar="REPO_ID", help="repository, user/name; created where it does not exist"
+        )
         parser.add_argument("--private", action="store_true", default=None, help="make a new repository private")
         parser.add_argument("--revision", help="branch to push to; created where it does not exist (default: main)")
         parser.add_argument("--message", help="commit message")

@@ -5,12 +5,14 @@ import json
 import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import save_file
+from transformers.utils import logging
 
 from hf_efficient import cli, hub, quickstart
 
@@ -28,7 +30,8 @@ def toy(monkeypatch):
 
         @staticmethod
         def add_arguments(parser: argparse.ArgumentParser) -> None:
-            parser.add_argument("mode")
+            parser.add_argument("mode", metavar="MODE")
+            parser.add_argument("--some-rate", action="store_true")
 
         @staticmethod
         def run(arguments: argparse.Namespace) -> dict:
@@ -38,7 +41,14 @@ def toy(monkeypatch):
                 "import": ImportError("timm is missing; pip install timm."),
                 "stop": KeyboardInterrupt(),
                 "bug": RuntimeError("a bug"),
+                "named": ValueError("`mode` must be fine, pass `some_rate=True` or `other=True`."),
+                "system": NotADirectoryError(20, "Not a directory", "/a/file/out"),
             }
+            if arguments.mode == "chatty":
+                print("{'loss': 1.0}")  # as a Trainer does
+                warnings.warn("of a library", stacklevel=1)
+                logging.get_logger("transformers.somewhere").warning("of transformers")
+                logging.get_logger("hf_efficient.somewhere").warning("of ours")
             if arguments.mode in errors:
                 raise errors[arguments.mode]
             return {"answer": 42, "text": "The answer is 42."}
@@ -67,7 +77,7 @@ def test_help_of_a_command_has_an_example_that_parses(name, capsys):
     assert examples
     assert "--json FILE" in text
     assert "--quiet" in text
-    parser = cli._build_parser(name, cli._load(name))
+    parser, _ = cli._build_parser(name, cli._load(name))
     for example in examples:
         assert parser.parse_args([name, *example.split()]).command == name
 
@@ -88,6 +98,11 @@ def test_result_goes_to_the_terminal_and_into_the_file(toy, capsys, tmp_path):
         ("value", "hf-efficient toy: error: rate must be in (0, 1], got 2: choose a smaller one.\n"),
         ("file", "hf-efficient toy: error: x.png does not exist.\n"),
         ("import", "hf-efficient toy: error: timm is missing; pip install timm.\n"),
+        ("named", "hf-efficient toy: error: MODE must be fine, pass --some-rate or `other=True`.\n"),
+        (
+            "system",
+            "hf-efficient toy: error: /a/file/out: Not a directory; check this path, or choose another one.\n",
+        ),
     ],
 )
 def test_a_mistake_is_one_sentence_and_exit_code_2(toy, capsys, mode, sentence, monkeypatch):
@@ -96,6 +111,26 @@ def test_a_mistake_is_one_sentence_and_exit_code_2(toy, capsys, mode, sentence, 
     captured = capsys.readouterr()
     assert captured.err == sentence
     assert captured.out == ""
+
+
+def test_standard_output_holds_the_result_alone(toy, capsys):
+    """What libraries print goes to standard error, what they say about themselves nowhere."""
+    assert cli.main(["toy", "chatty", "--json", "-"]) == 0
+    captured = capsys.readouterr()
+    assert json.loads(captured.out) == {"answer": 42}
+    assert "{'loss': 1.0}" in captured.err
+    assert "library" not in captured.err
+    assert "of transformers" not in captured.err
+    assert cli.main(["toy", "chatty", "--quiet"]) == 0
+    captured = capsys.readouterr()
+    assert (captured.out, captured.err) == ("", "")
+
+
+def test_a_command_leaves_the_settings_of_the_process_alone(toy):
+    before = (logging.get_verbosity(), logging.is_progress_bar_enabled(), warnings.filters[:])
+    assert cli.main(["toy", "fine", "--quiet"]) == 0
+    assert cli.main(["toy", "value", "--quiet"]) == 2
+    assert (logging.get_verbosity(), logging.is_progress_bar_enabled(), warnings.filters[:]) == before
 
 
 def test_traceback_on_request(toy, monkeypatch):
@@ -122,13 +157,15 @@ def test_wrong_arguments_end_with_2_in_one_line(toy, capsys, argv):
 def test_json_into_a_missing_folder_is_refused_before_the_work(toy, capsys, tmp_path):
     assert cli.main(["toy", "bug", "--json", str(tmp_path / "no" / "out.json")]) == 2
     assert "the folder does not exist" in capsys.readouterr().err
+    assert cli.main(["toy", "bug", "--json", str(tmp_path)]) == 2
+    assert "is a folder; name a file in it" in capsys.readouterr().err
 
 
 def test_installed_command_runs():
     command = Path(sys.executable).with_name("hf-efficient")
     done = subprocess.run([command, "push", "/does/not/exist", "me/x"], capture_output=True, text=True, timeout=120)
     assert done.returncode == 2
-    assert done.stderr.endswith("is not a folder; push_checkpoint needs a checkpoint folder or a model.\n")
+    assert done.stderr.endswith("is not a folder; name one that save_pretrained() wrote.\n")
     assert "Traceback" not in done.stderr
 
 
@@ -149,6 +186,14 @@ def test_push_hands_its_options_on(monkeypatch, tmp_path, capsys):
         "commit_message": "First",
     }
     assert capsys.readouterr().out == "Pushed: https://huggingface.co/me/x/commit/1\n"
+
+
+@pytest.mark.parametrize("repo_id", ["a/b/c", "no spaces", "../up", "-x"])
+def test_push_to_an_impossible_name(tmp_path, capsys, repo_id):
+    assert cli.main(["push", str(tmp_path), "--", repo_id]) == 2
+    assert (
+        f"REPO_ID must be user/name, of letters, digits, '.', '_' and '-', got {repo_id!r}" in capsys.readouterr().err
+    )
 
 
 def test_push_offline_is_one_sentence(tmp_path, capsys):

@@ -19,15 +19,17 @@ class ConvertLlava:
     @staticmethod
     def add_arguments(parser: argparse.ArgumentParser) -> None:
         """Add the arguments of `convert-llava` to `parser`."""
-        parser.add_argument("source", help="Hub id or folder of a LLaVA checkpoint")
-        parser.add_argument("dest", help="folder to write; absent or empty")
+        parser.add_argument("source", metavar="SOURCE", help="Hub id or folder of a LLaVA checkpoint")
+        parser.add_argument("destination", metavar="DEST", help="folder to write; absent or empty")
         parser.add_argument(
             "--vision-keep-rate", type=float, metavar="RATE", help="share of image tokens kept, in (0, 1]"
         )
         parser.add_argument(
             "--sparse-layer", type=int, metavar="LAYER", help="first decoder layer that sees kept tokens only"
         )
-        parser.add_argument("--dtype", default="auto", help="dtype of the weights (default: as stored)")
+        parser.add_argument(
+            "--dtype", default="auto", help="dtype of the weights, such as bfloat16 (default: as stored)"
+        )
         parser.add_argument("--revision", help="branch, tag or commit of a Hub id")
         parser.add_argument("--overwrite", action="store_true", help="replace DEST if it holds something")
 
@@ -39,7 +41,7 @@ class ConvertLlava:
         settings = {name: getattr(arguments, name) for name in ("vision_keep_rate", "sparse_layer")}
         folder = convert_llava_checkpoint(
             arguments.source,
-            arguments.dest,
+            arguments.destination,
             overwrite=arguments.overwrite,
             dtype=arguments.dtype,
             revision=arguments.revision,
@@ -62,8 +64,8 @@ class ConvertDynamicLlava:
     @staticmethod
     def add_arguments(parser: argparse.ArgumentParser) -> None:
         """Add the arguments of `convert-dynamic-llava` to `parser`."""
-        parser.add_argument("source", help="Hub id or folder in the authors' layout")
-        parser.add_argument("dest", help="folder to write; absent or empty")
+        parser.add_argument("source", metavar="SOURCE", help="Hub id or folder in the authors' layout")
+        parser.add_argument("destination", metavar="DEST", help="folder to write; absent or empty")
         parser.add_argument("--overwrite", action="store_true", help="replace DEST if it holds something")
 
     @staticmethod
@@ -71,5 +73,7 @@ class ConvertDynamicLlava:
         """Convert and say where the checkpoint is."""
         from .convert_dynamic_llava import convert_dynamic_llava_checkpoint
 
-        folder = convert_dynamic_llava_checkpoint(arguments.source, arguments.dest, overwrite=arguments.overwrite)
+        folder = convert_dynamic_llava_checkpoint(
+            arguments.source, arguments.destination, overwrite=arguments.overwrite
+        )
         return {"folder": str(folder), "text": f"Wrote {folder}."}

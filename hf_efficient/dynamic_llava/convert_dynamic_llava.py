@@ -26,7 +26,7 @@ from transformers import (
 from transformers.utils import is_sentencepiece_available, is_torchvision_available, logging
 
 from .configuration_dynamic_llava import OWN_FIELDS, DynamicLlavaConfig
-from .layout_dynamic_llava import COMPUTED, TOKEN_IDS, TOWER, Layout, convert_config
+from .layout_dynamic_llava import COMPUTED, TOKEN_IDS, TOWER, Layout, check_model_type, convert_config
 from .loading_dynamic_llava import PREDICTORS
 from .modeling_dynamic_llava import DynamicLlavaForConditionalGeneration
 from .weights_dynamic_llava import (
@@ -96,6 +96,7 @@ def convert_dynamic_llava_checkpoint(
     check_destination(destination, overwrite)
     folder = resolve_folder(source)
     original = read_json(folder / "config.json")
+    check_model_type(original)
     weights = Weights(folder)
     tower = _find_tower(original, folder)
     config = convert_config(original, weights, tower)
@@ -345,7 +346,8 @@ def _load_processor(folder: Path, config: DynamicLlavaConfig) -> Any:
     try:
         processor = AutoProcessor.from_pretrained(folder)
     except (OSError, ValueError) as error:
-        logger.warning("No processor is saved, `source` has none that loads: %s", first_line(error))
+        reason = first_line(error).split(". ")[0].rstrip(".")
+        logger.warning("No processor is saved, because none loads from %s: %s.", folder, reason)
         return None
     if getattr(processor, "patch_size", 0) is None:
         processor.patch_size = config.vision_config.patch_size

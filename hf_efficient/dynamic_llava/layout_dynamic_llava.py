@@ -198,6 +198,15 @@ def _choose(original: dict[str, Any], field: str, default: str, choices: dict[st
     return choices[value]
 
 
+def check_model_type(original: dict[str, Any]) -> None:
+    """Refuse a checkpoint of another kind, with a hint for a LLaVA in transformers' layout."""
+    kind = original.get("model_type")
+    if kind not in MODEL_TYPES:
+        other = "; for a LLaVA in transformers' layout use `from_llava`, or `hf-efficient convert-llava`"
+        hint = other if kind == "llava" else ""
+        raise ValueError(f"`model_type` in config.json must be {' or '.join(MODEL_TYPES)}, got {kind!r}{hint}.")
+
+
 def convert_config(original: dict[str, Any], weights: Weights, tower: str | Path) -> DynamicLlavaConfig:
     """Translate the authors' `config.json`.
 
@@ -209,10 +218,7 @@ def convert_config(original: dict[str, Any], weights: Weights, tower: str | Path
     Raises:
         ValueError: If a field is missing or names something that is not supported.
     """
-    kind = original.get("model_type")
-    if kind not in MODEL_TYPES:
-        hint = "; for a LLaVA in transformers' layout use `from_llava`" if kind == "llava" else ""
-        raise ValueError(f"`model_type` in config.json must be {' or '.join(MODEL_TYPES)}, got {kind!r}{hint}.")
+    check_model_type(original)
     for field in _REQUIRED:
         if not isinstance(original.get(field), int):
             raise ValueError(f"`{field}` in config.json must be an integer, got {original.get(field)!r}.")
@@ -259,4 +265,4 @@ def _convert_settings(sparse: dict[str, Any]) -> dict[str, Any]:
     return settings
 
 
-__all__ = ["COMPUTED", "TOKEN_IDS", "TOWER", "Layout", "convert_config"]
+__all__ = ["COMPUTED", "TOKEN_IDS", "TOWER", "Layout", "check_model_type", "convert_config"]

@@ -10,6 +10,12 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
+from huggingface_hub.errors import (
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers.utils import logging
@@ -33,13 +39,31 @@ def resolve_folder(source: str | os.PathLike, revision: str | None = None) -> Pa
     if Path(source).is_dir():
         return Path(source)
     try:
-        if Path(source).exists() or os.path.isabs(source):
+        if Path(source).is_file():
+            raise FileNotFoundError("it is a file.")
+        if os.path.isabs(source):
             raise FileNotFoundError("there is no such folder.")
         return Path(snapshot_download(os.fspath(source), revision=revision, allow_patterns=list(_WANTED)))
     except (OSError, ValueError) as error:
         raise FileNotFoundError(
-            f"`source` must be a folder or a Hub id, got {os.fspath(source)!r}: {first_line(error)}"
+            f"`source` must be a folder or a Hub id, got {os.fspath(source)!r}: {_why_not_found(error)}"
         ) from error
+
+
+def _why_not_found(error: Exception) -> str:
+    if isinstance(error, RevisionNotFoundError):
+        return "the repository has no such revision."
+    if isinstance(
+        error, LocalEntryNotFoundError
+    ):  # also where there is no connection; a RepositoryNotFoundError is not
+        return "there is no such folder, and the Hub could not be asked (no connection, or HF_HUB_OFFLINE is set)."
+    if isinstance(error, RepositoryNotFoundError):
+        return (
+            "there is no such folder and no such repository on the Hub; for a private one run `hf auth login` first."
+        )
+    if isinstance(error, HFValidationError):
+        return "there is no such folder, and a Hub id is `user/name`."
+    return first_line(error)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -170,8 +194,15 @@ def staged(destination: str | os.PathLike, overwrite: bool, *sources: str | Path
     for source in sources:
         if isinstance(source, Path) and source.resolve().is_relative_to(destination.resolve()):
             raise FileExistsError(f"`destination` must not hold what is converted, got {destination} for {source}.")
-    destination.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=destination.parent, prefix=f".{destination.name}.converting-") as name:
+    try:
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        beside = tempfile.TemporaryDirectory(dir=destination.parent, prefix=f".{destination.name}.converting-")
+    except OSError as error:
+        raise OSError(
+            f"`destination` must lie where folders can be made, got {destination} ({error.strerror}): choose another "
+            "path."
+        ) from error
+    with beside as name:
         staging, old = Path(name) / "new", Path(name) / "old"
         staging.mkdir()
         yield staging

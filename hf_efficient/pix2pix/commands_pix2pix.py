@@ -1,6 +1,7 @@
 """The Pix2Pix subcommands of `hf-efficient`."""
 
 import argparse
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,8 @@ class Cartoonize:
     @staticmethod
     def add_arguments(parser: argparse.ArgumentParser) -> None:
         """Add the arguments of `cartoonize` to `parser`."""
-        parser.add_argument("source", help="picture or folder of pictures")
-        parser.add_argument("dest", help="folder to write")
+        parser.add_argument("source", metavar="SOURCE", help="picture or folder of pictures")
+        parser.add_argument("dest", metavar="DEST", help="folder to write")
         parser.add_argument(
             "--method", default="bilateral", help="bilateral, palette or mean_shift (default: bilateral)"
         )
@@ -33,19 +34,25 @@ class Cartoonize:
     @staticmethod
     def run(arguments: argparse.Namespace) -> dict[str, Any]:
         """Cartoonize every picture and say how many there are."""
-        from PIL import Image
+        from PIL import Image, UnidentifiedImageError
 
         from .cartoonize_pix2pix import cartoonize
+
+        how = {"method": arguments.method, "strength": arguments.strength}
+        cartoonize(Image.new("RGB", (8, 8)), **how)  # wrong settings show before the first picture
 
         def outputs(files: list[Path]) -> Iterator[Any]:
             for path in files:
                 try:
                     with Image.open(path) as image:
                         image.load()
-                except (OSError, SyntaxError) as error:
+                except UnidentifiedImageError:
+                    yield _Failed("no picture")
+                    continue
+                except (OSError, SyntaxError, Image.DecompressionBombError) as error:
                     yield _Failed(str(error))
                     continue
-                yield cartoonize(image, method=arguments.method, strength=arguments.strength)
+                yield cartoonize(image, **how)
 
         return _write_all(arguments, outputs, "cartoon")
 
@@ -65,23 +72,22 @@ class Translate:
     @staticmethod
     def add_arguments(parser: argparse.ArgumentParser) -> None:
         """Add the arguments of `translate` to `parser`."""
-        parser.add_argument("model", help="Hub id or folder of an image-to-image model")
-        parser.add_argument("source", help="picture or folder of pictures")
-        parser.add_argument("dest", help="folder to write")
+        parser.add_argument("model", metavar="MODEL", help="Hub id or folder of an image-to-image model")
+        parser.add_argument("source", metavar="SOURCE", help="picture or folder of pictures")
+        parser.add_argument("dest", metavar="DEST", help="folder to write")
         parser.add_argument("--batch-size", type=int, default=1, metavar="N", help="pictures at a time (default: 1)")
         parser.add_argument("--device", help="such as cpu or cuda:0 (default: the first accelerator)")
 
     @staticmethod
     def run(arguments: argparse.Namespace) -> dict[str, Any]:
         """Translate every picture and say how many there are."""
-        from transformers import pipeline
-
         from .pipeline_pix2pix import ImageToImageError
 
         if arguments.batch_size < 1:
             raise ValueError(f"--batch-size must be at least 1, got {arguments.batch_size}.")
         _find_pictures(Path(arguments.source))  # before the model is loaded
-        translate = pipeline("image-to-image", model=arguments.model, device=arguments.device)
+        _check_folder("DEST", Path(arguments.dest))
+        translate = _load_pipeline(arguments.model, arguments.device)
 
         def outputs(files: list[Path]) -> Iterator[Any]:
             stream = translate((str(path) for path in files), batch_size=arguments.batch_size)
@@ -112,7 +118,13 @@ class Robustness:
         """Add the arguments of `robustness` to `parser`."""
         parser.add_argument("model", nargs="+", metavar="MODEL", help="model, or NAME=MODEL several times, then DATA")
         parser.add_argument("--data", help="photographs: a folder or a parquet file (default: the last MODEL)")
-        parser.add_argument("--column", default="image", help="image column of a parquet file (default: image)")
+        parser.add_argument(
+            "--column",
+            dest="image_column",
+            metavar="NAME",
+            default="image",
+            help="image column of a parquet file (default: image)",
+        )
         parser.add_argument(
             "--output", metavar="DIR", default="robustness", help="folder to write (default: ./robustness)"
         )
@@ -128,16 +140,21 @@ class Robustness:
     @staticmethod
     def run(arguments: argparse.Namespace) -> dict[str, Any]:
         """Measure, write the report and show its table."""
+        from .cartoonize_pix2pix import METHODS
         from .robustness_pix2pix import evaluate_robustness
 
         names = list(arguments.model)
         data = arguments.data or (names.pop() if len(names) > 1 else None)
         if data is None:
             raise ValueError("DATA is missing: name a folder of photographs or a parquet file after the model.")
+        for option, value in (("--batch-size", arguments.batch_size), ("--limit", arguments.limit)):
+            if value is not None and value < 1:
+                raise ValueError(f"{option} must be at least 1, got {value}.")
+        _check_folder("--output", Path(arguments.output))
         models = dict(_named(name) for name in names)
         if len(models) != len(names):
             raise ValueError("Several models need names of their own, such as a=./run-a b=./run-b.")
-        settings: dict[str, Any] = {"image_column": arguments.column, "limit": arguments.limit}
+        settings: dict[str, Any] = {"image_column": arguments.image_column, "limit": arguments.limit}
         for name in ("methods", "severities"):
             if getattr(arguments, name):
                 settings[name] = getattr(arguments, name)
@@ -145,9 +162,13 @@ class Robustness:
         unknown = sorted(trained_on.keys() - models.keys())
         if unknown:
             raise ValueError(f"--trained-on names {unknown[0]!r}, which is none of the models {', '.join(models)}.")
+        for method in trained_on.values():
+            if method not in METHODS:
+                raise ValueError(f"--trained-on must name a cartoonizer ({', '.join(METHODS)}), got {method!r}.")
+        photos = _load_photos(Path(data), arguments.image_column)
         report = evaluate_robustness(
-            models,
-            _load_photos(Path(data), arguments.column),
+            {name: _load_pipeline(model) for name, model in models.items()},
+            photos,
             features=arguments.features,
             trained_on=trained_on,
             batch_size=arguments.batch_size,
@@ -176,8 +197,8 @@ class ConvertPix2Pix:
     @staticmethod
     def add_arguments(parser: argparse.ArgumentParser) -> None:
         """Add the arguments of `convert-pix2pix` to `parser`."""
-        parser.add_argument("source", help="generator file, .pth or .safetensors")
-        parser.add_argument("dest", help="folder to write; absent or empty")
+        parser.add_argument("source", metavar="SOURCE", help="generator file, .pth or .safetensors")
+        parser.add_argument("destination", metavar="DEST", help="folder to write; absent or empty")
         parser.add_argument("--overwrite", action="store_true", help="replace DEST if it holds something")
 
     @staticmethod
@@ -186,7 +207,7 @@ class ConvertPix2Pix:
         from .configuration_pix2pix import Pix2PixConfig
         from .convert_pix2pix import convert_pix2pix_checkpoint
 
-        folder = convert_pix2pix_checkpoint(arguments.source, arguments.dest, overwrite=arguments.overwrite)
+        folder = convert_pix2pix_checkpoint(arguments.source, arguments.destination, overwrite=arguments.overwrite)
         config = Pix2PixConfig.from_pretrained(folder)
         depth = f" with {config.num_levels} levels" if config.generator == "unet" else ""
         found = f"{config.generator}{depth}, {config.base_channels} channels, {config.norm} norm"
@@ -200,14 +221,33 @@ class _Failed:
         self.reason = reason
 
 
-def _find_pictures(source: Path) -> list[Path]:
+def _load_pipeline(model: str, device: str | None = None) -> Any:
+    """The pipeline of `model`, or one sentence that says why there is none."""
+    import torch
+    from transformers import pipeline
+
+    try:
+        if device is not None:
+            torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"--device must be one that torch can use here, such as cpu, got {device!r}.") from error
+    try:
+        return pipeline("image-to-image", model=model, device=device)
+    except (OSError, ValueError, KeyError) as error:
+        kind = "holds no image-to-image model that loads" if Path(model).is_dir() else "is no folder here"
+        other = "" if Path(model).is_dir() else " and no Hub id that could be loaded"
+        reason = str(error).strip().split("\n")[0].split(". ")[0].rstrip(".")
+        raise ValueError(f"MODEL {model} {kind}{other} ({reason}).") from error
+
+
+def _find_pictures(source: Path, name: str = "SOURCE") -> list[Path]:
     if source.is_file():
         return [source]
     if not source.is_dir():
-        raise FileNotFoundError(f"SOURCE {source} is neither a picture nor a folder.")
+        raise FileNotFoundError(f"{name} {source} is neither a picture nor a folder.")
     files = sorted(path for path in source.rglob("*") if path.suffix.lower() in _ENDINGS and path.is_file())
     if not files:
-        raise FileNotFoundError(f"SOURCE {source} holds no picture ({', '.join(_ENDINGS)}).")
+        raise FileNotFoundError(f"{name} {source} holds no picture ({', '.join(_ENDINGS)}).")
     return files
 
 
@@ -221,8 +261,7 @@ def _write_all(
 
     source, dest = Path(arguments.source), Path(arguments.dest)
     files = _find_pictures(source)
-    if dest.is_file():
-        raise ValueError(f"DEST {dest} is a file; name a folder.")
+    _check_folder("DEST", dest)
     targets = _targets(files, source if source.is_dir() else source.parent, dest)
     written, failed = [], {}
     for number, output in enumerate(logging.tqdm(outputs(files), total=len(files), desc=noun.capitalize())):
@@ -236,6 +275,16 @@ def _write_all(
         raise ValueError(f"{len(written)} of {len(files)} pictures were written to {dest}; unreadable: {listed}")
     plural = noun if len(written) == 1 else f"{noun}s"
     return {"files": written, "text": f"Wrote {len(written)} {plural} to {dest}."}
+
+
+def _check_folder(name: str, folder: Path) -> None:
+    """Refuse a folder that cannot be written before the work starts."""
+    if folder.is_file():
+        raise ValueError(f"{name} {folder} is a file; name a folder.")
+    above = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        why = "cannot be written" if above.is_dir() else "is a file"
+        raise ValueError(f"{name} {folder} cannot be made: {above} {why}; name another folder.")
 
 
 def _targets(files: list[Path], root: Path, dest: Path) -> list[Path]:
@@ -258,8 +307,21 @@ def _load_photos(data: Path, column: str) -> Any:
     from PIL import Image
 
     if data.suffix == ".parquet" and data.is_file():
-        table = datasets.Dataset.from_parquet(str(data))
+        try:
+            table = datasets.Dataset.from_parquet(str(data))
+        except Exception as error:  # datasets and pyarrow have many
+            raise ValueError(f"DATA {data} is no parquet file that can be read: write it again.") from error
         if column not in table.column_names:
             raise ValueError(f"--column must be one of {', '.join(table.column_names)}, got {column!r}.")
         return table.cast_column(column, datasets.Image())
-    return ({column: Image.open(path)} for path in _find_pictures(data))
+    files = _find_pictures(data, "DATA")
+
+    def photos() -> Iterator[dict[str, Any]]:
+        for path in files:
+            try:
+                with Image.open(path) as image:
+                    yield {column: image.convert("RGB")}
+            except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+                raise ValueError(f"DATA holds {path}, which is no picture that can be read: remove it.") from error
+
+    return photos()

@@ -47,9 +47,15 @@ def convert_pix2pix_checkpoint(
     """
     source, destination = Path(source), Path(destination)
     if not source.is_file():
-        raise FileNotFoundError(f"`source` must be a file, got {source}.")
-    if destination.exists() and (not destination.is_dir() or any(destination.iterdir())) and not overwrite:
-        raise FileExistsError(f"`destination` {destination} is not empty; pass overwrite=True to replace it.")
+        found = "which is a folder" if source.is_dir() else "which does not exist"
+        raise FileNotFoundError(f"`source` must be a file such as latest_net_G.pth, got {source}, {found}.")
+    if destination.exists() and not destination.is_dir():
+        raise FileExistsError(f"`destination` must be a folder, got the file {destination}: choose another path.")
+    if destination.exists() and any(destination.iterdir()) and not overwrite:
+        raise FileExistsError(
+            f"`destination` must be absent or an empty folder, got {destination}, which holds files: choose another "
+            "folder or pass `overwrite=True`."
+        )
     weights = {name.removeprefix("module."): value for name, value in _read(source).items()}
     if any(name.startswith(_UNET_START) for name in weights):
         config, state = _convert_unet(weights, source)
@@ -78,12 +84,15 @@ def _read(source: Path) -> dict[str, Tensor]:
     try:
         weights = torch.load(source, map_location="cpu", weights_only=True)
     except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(
-            f"{source} could not be read as plain weights (torch.load, weights_only): {reason}"
+            f"`source` must hold plain weights, got {source}, which is no PyTorch file, is damaged, or holds objects "
+            "beside tensors (code in a pickle is never run): save the generator's state_dict() alone."
         ) from error
     if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
-        raise ValueError(f"{source} must hold a flat dictionary of tensors, got {type(weights).__name__} of others.")
+        raise ValueError(
+            f"`source` must hold a flat dictionary of tensors, got {source} with other values: save the generator's "
+            "state_dict() alone."
+        )
     return weights
 
 

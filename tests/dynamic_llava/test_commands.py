@@ -42,10 +42,13 @@ def test_convert_llava_keeps_weights_and_processor(source, tmp_path, make_batch,
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"dest": "full"}, "full"),
-        ({"source": "missing"}, "missing"),
-        ({"options": ["--vision-keep-rate", "2"]}, "`vision_keep_rate` must be a number in (0, 1], got 2.0"),
-        ({"options": ["--sparse-layer", "9"]}, "`sparse_layer` must be below the number of decoder layers (4), got 9"),
+        ({"dest": "full"}, "which holds files: choose another folder or pass --overwrite."),
+        ({"dest": "full/precious.txt"}, "DEST must be a folder, got the file"),
+        ({"dest": "full/precious.txt/sub"}, "DEST must lie where folders can be made"),
+        ({"source": "missing"}, "there is no such folder"),
+        ({"options": ["--vision-keep-rate", "2"]}, "--vision-keep-rate must be a number in (0, 1], got 2.0"),
+        ({"options": ["--sparse-layer", "9"]}, "--sparse-layer must be below the number of decoder layers (4), got 9"),
+        ({"options": ["--dtype", "int8"]}, "--dtype must be 'auto' or a floating point dtype such as 'bfloat16', got"),
     ],
 )
 def test_convert_llava_mistakes(source, tmp_path, capsys, change, sentence):
@@ -59,6 +62,25 @@ def test_convert_llava_mistakes(source, tmp_path, capsys, change, sentence):
     assert sentence in lines[0]
     assert (tmp_path / "full" / "precious.txt").read_text() == "mine"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["full", "llava"]
+
+
+@pytest.mark.parametrize(
+    ("source", "sentence"),
+    [
+        ("nobody/nothing", "there is no such folder, and the Hub could not be asked"),
+        ("./no/such/folder", "there is no such folder, and a Hub id is `user/name`"),
+    ],
+)
+def test_a_source_that_is_no_folder_may_be_a_hub_id(tmp_path, capsys, source, sentence):
+    for command in ("convert-llava", "convert-dynamic-llava"):
+        assert cli.main([command, source, str(tmp_path / "sparse")]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert f"SOURCE must be a folder or a Hub id, got {source!r}: {sentence}" in line
+
+
+def test_a_llava_of_transformers_is_sent_to_the_other_command(source, tmp_path, capsys):
+    assert cli.main(["convert-dynamic-llava", str(source), str(tmp_path / "sparse")]) == 2
+    assert "`hf-efficient convert-llava`" in capsys.readouterr().err
 
 
 def test_convert_llava_never_unpickles(source, tmp_path, capsys):

@@ -88,17 +88,38 @@ def test_convert_says_what_it_found(tmp_path, capsys, monkeypatch):
     assert main(["convert-pix2pix", str(tmp_path / "latest_net_G.pth"), str(tmp_path / "out")]) == 0
     assert "unet with 7 levels, 2 channels, batch norm" in capsys.readouterr().out
     assert main(["convert-pix2pix", str(tmp_path / "latest_net_G.pth"), str(tmp_path / "out")]) == 2
-    assert "overwrite" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "DEST must be absent or an empty folder" in error
+    assert "pass --overwrite." in error
 
 
 def test_wrong_input_gets_one_sentence_and_exit_code_2(tmp_path, picture_folder, checkpoint, capsys):
     (tmp_path / "empty").mkdir()
+    (tmp_path / "file.txt").write_text("words")
+    (tmp_path / "rows.parquet").write_text("words")
+    file, photos, out = str(tmp_path / "file.txt"), str(picture_folder), str(tmp_path / "out")
     cases = [
+        (["cartoonize", photos, file], f"DEST {file} is a file"),
+        (["cartoonize", photos, file + "/sub"], f"DEST {file}/sub cannot be made"),
+        (["cartoonize", file, out], f"{file}: no picture"),
+        (["translate", checkpoint, photos, file], f"DEST {file} is a file"),
+        (["translate", checkpoint, photos, out, "--device", "tpu9"], "--device must be one that torch can use here"),
+        (["translate", "no/where", photos, out], "MODEL no/where is no folder here and no Hub id"),
+        (["robustness", "no/where", photos], "MODEL no/where is no folder here and no Hub id"),
+        (["robustness", checkpoint, "nowhere"], "DATA nowhere is neither a picture nor a folder"),
+        (["robustness", checkpoint, file], f"DATA holds {file}, which is no picture"),
+        (["robustness", checkpoint, str(tmp_path / "rows.parquet")], "is no parquet file that can be read"),
+        (["robustness", checkpoint, photos, "--limit", "0"], "--limit must be at least 1, got 0"),
+        (["robustness", checkpoint, photos, "--batch-size", "-1"], "--batch-size must be at least 1, got -1"),
+        (["robustness", checkpoint, photos, "--trained-on", "model=ink"], "--trained-on must name a cartoonizer"),
+        (["robustness", checkpoint, photos, "--output", file], f"--output {file} is a file"),
+        (["convert-pix2pix", file, out], "SOURCE must hold plain weights"),
+        (["convert-pix2pix", str(tmp_path), out], "which is a folder"),
         (["cartoonize", str(tmp_path / "empty"), "out"], "holds no picture"),
         (["cartoonize", "nowhere", "out"], "nowhere is neither a picture nor a folder"),
         (["cartoonize", str(picture_folder), str(picture_folder)], "would be replaced by its own result"),
-        (["cartoonize", str(picture_folder), str(tmp_path / "out"), "--method", "sketch"], "got 'sketch'"),
-        (["cartoonize", str(picture_folder), str(tmp_path / "out"), "--strength", "9"], "0 to 5, got 9"),
+        (["cartoonize", photos, out, "--method", "sketch"], "--method must be one of bilateral"),
+        (["cartoonize", photos, out, "--strength", "9"], "--strength must be a whole number from 0 to 5, got 9"),
         (
             ["translate", checkpoint, str(picture_folder), str(tmp_path / "out"), "--batch-size", "0"],
             "at least 1, got 0",

@@ -111,6 +111,10 @@ CASES = {
     "resnet_6blocks batch": lambda: ResNet(6, 2, "batch", False),
     "resnet_9blocks instance dropout": lambda: ResNet(9, 2, "instance", True),
     "resnet_6blocks none": lambda: ResNet(6, 2, "none", False),
+    "unet_256 batch": lambda: UNet(8, 2, "batch"),
+    "unet_128 instance": lambda: UNet(7, 2, "instance"),
+    "resnet_6blocks instance": lambda: ResNet(6, 2, "instance", False),
+    "resnet_9blocks batch": lambda: ResNet(9, 2, "batch", False),
 }
 
 
@@ -192,8 +196,9 @@ def test_a_wrong_file_is_named_and_nothing_is_written(tmp_path, monkeypatch):
         "extra.pth": ({**resnet, "model.99.weight": torch.zeros(1)}, "'model.99.weight'"),
         "missing.pth": ({k: v for k, v in resnet.items() if k != "model.4.weight"}, "down.0.weight.* is missing"),
         "shape.pth": ({**resnet, "model.4.weight": torch.zeros(9, 1, 3, 3)}, "down.0.weight.* another shape"),
+        "numbers.pth": ({0: torch.zeros(1)}, "flat dictionary of tensors"),
         "nested.pth": ({"netG": resnet}, "flat dictionary of tensors"),
-        "evil.pth": ({"model.1.weight": Evil()}, "weights_only"),
+        "evil.pth": ({"model.1.weight": Evil()}, "code in a pickle is never run"),
     }
     for name, (content, message) in bad.items():
         torch.save(content, tmp_path / name)
