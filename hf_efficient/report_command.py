@@ -1,0 +1,233 @@
+"""`hf-efficient report`: load a model, make an input for it, and print what it costs."""
+
+import argparse
+import re
+from pathlib import Path
+from typing import Any
+
+
+PROMPT = "What is in the picture?"
+_SCHEDULES = ("deit", "lv-vit", "efficient-train", "fast", "off")
+
+
+class Report:
+    """Measure multiply-adds, time, memory and cache of a model, phase by phase, and say what is gained.
+
+    MODEL is a Hub id or a folder: a LLaVA (a sparse one is compared with itself with sparsity off), a vision
+    transformer (training steps in the stages of ToE against all tokens), a pruned CNN, a Pix2Pix generator or another
+    image model, which --baseline gives something to be compared with. Without --image the picture is one that
+    scikit-image brings or, without that package, noise; the report says which.
+
+    Examples:
+      hf-efficient report ./model_cards/dynamic-llava-scenes --prompt "describe the picture" --plot report.png
+      hf-efficient report ./pruned --baseline user/resnet-18 --batch-size 8 --threads 1 --json report.json
+      hf-efficient report google/vit-base-patch16-224 --toe fast --repeats 5 --quiet --json -
+    """
+
+    @staticmethod
+    def add_arguments(parser: argparse.ArgumentParser) -> None:
+        """Add the arguments of `report` to `parser`."""
+        add = parser.add_argument
+        add("model", metavar="MODEL", help="Hub id or folder")
+        add("--baseline", metavar="MODEL", help="second model on the same input, to compare with")
+        add("--image", metavar="FILE", help="picture (default: one of scikit-image's, or noise)")
+        add("--prompt", metavar="TEXT", help=f"question to a LLaVA (default: {PROMPT})")
+        add("--size", type=int, metavar="N", help="side of the picture in pixels (default: as the model is used)")
+        add("--batch-size", type=int, default=1, metavar="N", help="copies of the input (default: 1)")
+        add("--new-tokens", type=int, default=32, metavar="N", help="answer tokens of a LLaVA (default: 32)")
+        add("--repeats", type=int, default=9, metavar="N", help="timed rounds (default: 9)")
+        add("--threads", type=int, metavar="N", help="threads of torch (default: as it is set)")
+        add("--device", help="such as cpu or cuda:0 (default: a GPU where there is one)")
+        add("--dtype", default="float32", help="of the weights (default: float32)")
+        add("--toe", choices=_SCHEDULES, default="deit", help="schedule for a vision transformer (default: deit)")
+        add("--plot", metavar="FILE", help="also write the picture of the report (.png, .svg or .pdf)")
+        add("--trust-remote-code", action="store_true", help="run code that comes with a model")
+
+    @staticmethod
+    def run(arguments: argparse.Namespace) -> dict[str, Any]:
+        """Load, measure, and show the table and the verdict."""
+        return run_report(arguments)
+
+
+def run_report(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The command itself.
+
+    Args:
+        arguments (`argparse.Namespace`): As parsed.
+
+    Returns:
+        `dict`: The report, the model and the picture it was measured on, and `text` for the terminal.
+
+    Raises:
+        ValueError: If an argument, the picture or a model does not fit.
+        OSError: If a model or a picture cannot be read.
+    """
+    import torch
+
+    from .report import efficiency_report
+
+    _check(arguments)
+    threads = torch.get_num_threads()
+    try:
+        if arguments.threads:
+            torch.set_num_threads(arguments.threads)
+        picture, shown = _open_picture(arguments.image)
+        auto, model = _load(arguments.model, arguments)
+        baseline = None
+        if arguments.baseline:
+            other, baseline = _load(arguments.baseline, arguments)
+            if other is not auto:
+                raise ValueError(
+                    f"--baseline {arguments.baseline} is of another kind ({type(baseline).__name__}) than the model "
+                    f"({type(model).__name__}): name a model that takes the same input."
+                )
+        inputs, toe = _make_inputs(auto, model, picture, arguments)
+        report = efficiency_report(
+            model, inputs, baseline, repeats=arguments.repeats, new_tokens=arguments.new_tokens, toe=toe
+        )
+        values = report.to_dict() | {"model": arguments.model, "picture": shown}
+    finally:
+        torch.set_num_threads(threads)
+    lines = [str(report), f"Picture: {shown}."]
+    if arguments.plot:
+        values["plot"] = str(report.plot(arguments.plot))
+        lines.append(f"Wrote {arguments.plot}.")
+    printable = ("".join(c for c in line if c.isprintable()) for line in "\n".join(lines).split("\n"))
+    return {**values, "text": "\n".join(printable)}
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    """Refuse wrong options before anything is loaded."""
+    import torch
+
+    least = {"batch_size": 1, "new_tokens": 2, "repeats": 1, "threads": 1, "size": 1}
+    for name, low in least.items():
+        value = getattr(arguments, name)
+        if value is not None and value < low:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least {low}, got {value}.")
+    if not isinstance(getattr(torch, arguments.dtype, None), torch.dtype):
+        raise ValueError(f"--dtype must be a dtype of torch such as float32 or bfloat16, got {arguments.dtype!r}.")
+    if arguments.device and not re.fullmatch(r"(cpu|cuda|mps|xpu)(:\d+)?", arguments.device):
+        raise ValueError(f"--device must be such as cpu or cuda:0, got {arguments.device!r}.")
+    if (arguments.device or "").startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"--device {arguments.device}: torch sees no such GPU here; leave it out.")
+    if arguments.plot:
+        from .report_figure import check_ending
+
+        if not check_ending(arguments.plot).absolute().parent.is_dir():
+            raise FileNotFoundError(f"--plot {arguments.plot}: the folder does not exist; create it first.")
+
+
+def _open_picture(file: str | None) -> tuple[Any, str]:
+    """A picture and what it is, in words."""
+    import numpy as np
+    from PIL import Image
+
+    if file is not None:
+        try:
+            with Image.open(Path(file)) as image:
+                return image.convert("RGB"), Path(file).name
+        except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+            raise ValueError(f"--image {file} cannot be read as a picture: {error}") from error
+    try:
+        from skimage import data
+    except ImportError:
+        noise = np.random.default_rng(0).integers(0, 256, (512, 512, 3), dtype=np.uint8)
+        return Image.fromarray(noise), "512 x 512 pixels of noise, since scikit-image is not installed"
+    return Image.fromarray(data.astronaut()), "scikit-image's astronaut"
+
+
+def _load(name: str, arguments: argparse.Namespace) -> tuple[Any, Any]:
+    """The Auto class that fits a checkpoint, and the model on its device."""
+    import torch
+    from transformers import AutoConfig
+
+    trust = {"trust_remote_code": True} if arguments.trust_remote_code else {}
+    config = AutoConfig.from_pretrained(name, **trust)
+    auto = _choose_auto(config)
+    model = auto.from_pretrained(name, config=config, dtype=getattr(torch, arguments.dtype), **trust)
+    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return auto, model.to(device).eval()
+
+
+def _choose_auto(config: Any) -> Any:
+    import transformers as t
+
+    kinds = [
+        (t.AutoModelForImageTextToText, t.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, ("llava", "dynamic_llava")),
+        (t.AutoModelForImageToImage, t.MODEL_FOR_IMAGE_TO_IMAGE_MAPPING, None),
+        (t.AutoModelForImageClassification, t.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING, None),
+    ]
+    own = getattr(config, "auto_map", None) or {}
+    for auto, mapping, model_types in kinds:
+        known = type(config) in mapping or auto.__name__ in own
+        if known and (model_types is None or config.model_type in model_types):
+            return auto
+    raise ValueError(
+        f"MODEL must be a LLaVA-1.5, an image classifier or an image-to-image model, got {config.model_type!r}: call "
+        "hf_efficient.efficiency_report(model, inputs) in Python for any other."
+    )
+
+
+def _make_inputs(auto: Any, model: Any, picture: Any, arguments: argparse.Namespace) -> tuple[dict[str, Any], Any]:
+    """Inputs for the model, and the schedule of ToE (False measures the forward pass)."""
+    import torch
+
+    from .report_toe import can_train_with_toe
+    from .toe.configuration_toe import ToEConfig
+
+    if auto.__name__ == "AutoModelForImageTextToText":
+        return _ask(model, picture, arguments), None
+    if arguments.prompt is not None:
+        raise ValueError(f"--prompt is for a LLaVA, but {arguments.model} takes no text: leave it out.")
+    inputs = {"pixel_values": _make_pixels(auto, model, picture, arguments)}
+    if auto.__name__ != "AutoModelForImageClassification" or arguments.toe == "off" or not can_train_with_toe(model):
+        return inputs, False
+    inputs["labels"] = torch.zeros(arguments.batch_size, dtype=torch.long)
+    return inputs, ToEConfig.preset(arguments.toe)
+
+
+def _ask(model: Any, picture: Any, arguments: argparse.Namespace) -> dict[str, Any]:
+    """What the processor of a LLaVA makes of a question about the picture."""
+    from transformers import AutoProcessor
+
+    if arguments.size is not None:
+        raise ValueError("--size does not fit a LLaVA, whose vision tower has a size of its own: leave it out.")
+    trust = {"trust_remote_code": True} if arguments.trust_remote_code else {}
+    processor = AutoProcessor.from_pretrained(arguments.model, **trust)
+    prompt, token = PROMPT if arguments.prompt is None else arguments.prompt, processor.image_token
+    if token in prompt:
+        raise ValueError(f"--prompt must be words alone, got {token!r} in it, which stands for the picture.")
+    text = f"{token}\n{prompt}"
+    if getattr(processor, "chat_template", None):
+        content = [{"type": "image"}, {"type": "text", "text": prompt}]
+        text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    count = arguments.batch_size
+    inputs = processor(text=[text] * count, images=[picture] * count, return_tensors="pt")
+    inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
+    return dict(inputs)
+
+
+def _make_pixels(auto: Any, model: Any, picture: Any, arguments: argparse.Namespace) -> Any:
+    """Pixels `(batch, channels, height, width)`: by the processor of the checkpoint, or scaled to [-1, 1]."""
+    import numpy as np
+    import torch
+    from PIL import Image
+    from transformers import AutoImageProcessor
+
+    config, size = model.config, arguments.size
+    if size is None and auto.__name__ == "AutoModelForImageClassification":
+        trust = {"trust_remote_code": True} if arguments.trust_remote_code else {}
+        try:
+            processor = AutoImageProcessor.from_pretrained(arguments.model, **trust)
+            pixels = processor(images=[picture], return_tensors="pt")["pixel_values"]
+            return pixels.repeat(arguments.batch_size, 1, 1, 1).to(model.dtype)
+        except OSError:  # none was saved: the configuration may know the size
+            size = (getattr(config, "input_shape", None) or [None])[-1]
+    size = size or getattr(config, "image_size", None)
+    if not isinstance(size, int):
+        raise ValueError(f"{arguments.model} does not say how large its pictures are: give --size.")
+    channels = getattr(config, "num_channels", 3)
+    square = picture.convert("L" if channels == 1 else "RGB").resize((size, size), Image.Resampling.BICUBIC)
+    values = torch.from_numpy(np.asarray(square).copy()).reshape(size, size, channels).permute(2, 0, 1)
+    return (values.float() / 127.5 - 1).repeat(arguments.batch_size, 1, 1, 1).to(model.dtype)
