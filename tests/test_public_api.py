@@ -32,7 +32,7 @@ CONTRACT = {
     "report": "efficiency_report",
     "hub": "push_checkpoint",
 }
-LANDED = ("dynamic_llava", "toe", "kdfs", "pix2pix", "hub")
+LANDED = ("dynamic_llava", "toe", "kdfs", "pix2pix", "report", "hub")
 NAMES = sorted(hf_efficient._EXPORTS)
 
 
