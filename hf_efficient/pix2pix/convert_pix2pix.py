@@ -88,7 +88,8 @@ def _read(source: Path) -> dict[str, Tensor]:
             f"`source` must hold plain weights, got {source}, which is no PyTorch file, is damaged, or holds objects "
             "beside tensors (code in a pickle is never run): save the generator's state_dict() alone."
         ) from error
-    if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
+    named = isinstance(weights, dict) and all(isinstance(name, str) for name in weights)
+    if not named or not all(isinstance(value, Tensor) for value in weights.values()):
         raise ValueError(
             f"`source` must hold a flat dictionary of tensors, got {source} with other values: save the generator's "
             "state_dict() alone."
