@@ -89,6 +89,10 @@ def run_prune(arguments: argparse.Namespace) -> dict[str, Any]:
 
     given = {name: getattr(arguments, name) for name in SETTINGS if getattr(arguments, name) is not None}
     config = KDFSConfig(**given)
+    if arguments.epochs <= 0:
+        raise ValueError(f"--epochs must be above 0, but is {arguments.epochs:g}.")
+    if arguments.batch_size < 1:
+        raise ValueError(f"--batch-size must be at least 1, but is {arguments.batch_size}.")
     output = Path(arguments.output)
     remote = {"trust_remote_code": True} if arguments.trust_remote_code else {}
     pruner = KDFSPruner.from_pretrained(arguments.model, teacher=arguments.teacher, **remote)
@@ -96,7 +100,7 @@ def run_prune(arguments: argparse.Namespace) -> dict[str, Any]:
         raise ValueError(
             f"--model {arguments.model} has no image processor, so its input size is unknown; save one beside it."
         )
-    train, test = _load_data(arguments, pruner.processing_class, pruner.model.config.num_labels)
+    train, test = _load_data(arguments, pruner.processing_class, pruner.model.config)
     args = TrainingArguments(
         output_dir=str(output.with_name(f"{output.name}-training")),
         num_train_epochs=arguments.epochs,
@@ -141,7 +145,7 @@ def run_prune(arguments: argparse.Namespace) -> dict[str, Any]:
     return {**report, "text": "\n".join(lines)}
 
 
-def _load_data(arguments: argparse.Namespace, processor: Any, labels: int) -> tuple[Any, Any]:
+def _load_data(arguments: argparse.Namespace, processor: Any, config: Any) -> tuple[Any, Any]:
     """Training and evaluation rows that turn into `pixel_values` and `labels` when they are read."""
     from datasets import Image, load_dataset
 
@@ -158,6 +162,8 @@ def _load_data(arguments: argparse.Namespace, processor: Any, labels: int) -> tu
         raise ValueError(f"--train-split {arguments.train_split} is not in the dataset; it has {', '.join(data)}.")
     features = data[arguments.train_split].features
     image = arguments.image_column or next((name for name, kind in features.items() if isinstance(kind, Image)), None)
+    if image is None:  # bytes of pictures, written by another tool than datasets
+        image = next((name for name in ("image", "img", "picture") if _holds_bytes(features.get(name))), None)
     label = arguments.label_column or next(
         (name for name in ("labels", "label", "fine_label", "class") if name in features), None
     )
@@ -167,22 +173,51 @@ def _load_data(arguments: argparse.Namespace, processor: Any, labels: int) -> tu
                 f"--dataset {arguments.dataset} must have a column of images and one of labels, but has "
                 f"{', '.join(features)}; name it with {option}."
             )
-    highest = max(data[arguments.train_split][label])
-    if highest >= labels:
-        raise ValueError(
-            f"--dataset {arguments.dataset} has label {highest}, but the model has {labels} labels; "
-            "prune a model that was trained on these classes."
-        )
+    if not isinstance(features[image], Image) and _holds_bytes(features[image]):
+        data = data.cast_column(image, Image())
+    number = _label_numbers(arguments, data[arguments.train_split], label, config)
 
     def prepare(rows: dict[str, list[Any]]) -> dict[str, Any]:
         images = [picture.convert("RGB") for picture in rows[image]]
-        return {"pixel_values": processor(images, return_tensors="pt")["pixel_values"], "labels": rows[label]}
+        labels = [number(value) for value in rows[label]]
+        return {"pixel_values": processor(images, return_tensors="pt")["pixel_values"], "labels": labels}
 
     held_out = arguments.eval_split or next((name for name in ("test", "validation", "val") if name in data), None)
     if held_out is not None and held_out not in data:
         raise ValueError(f"--eval-split {held_out} is not in the dataset; it has {', '.join(data)}.")
     test = data[held_out].with_transform(prepare) if held_out else None
     return data[arguments.train_split].with_transform(prepare), test
+
+
+def _holds_bytes(kind: Any) -> bool:
+    inner = kind.get("bytes") if isinstance(kind, dict) else kind
+    return getattr(inner, "dtype", None) in ("binary", "large_binary")
+
+
+def _label_numbers(arguments: argparse.Namespace, rows: Any, column: str, config: Any) -> Any:
+    """How a label of the dataset becomes a label of the model: by its word where both have words, else as it is."""
+    values = set(rows[column])
+    if None in values:
+        raise ValueError(f"--dataset {arguments.dataset} has a row without a label in `{column}`; leave it out.")
+    names = dict(enumerate(getattr(rows.features[column], "names", None) or ()))
+    words = {word: number for number, word in config.id2label.items()}
+    if names and set(names.values()) <= set(words):
+        return lambda value: words[names[value]]
+    if any(isinstance(value, str) for value in values):
+        if not values <= set(words):
+            missing = sorted(values - set(words))[0]
+            raise ValueError(
+                f"--dataset {arguments.dataset} has classes as words in `{column}`, but the model has no label "
+                f"{missing!r}; prune a model that was trained on these classes."
+            )
+        return lambda value: words[value]
+    for extreme in (max(values), min(values)):
+        if not 0 <= extreme < config.num_labels:
+            raise ValueError(
+                f"--dataset {arguments.dataset} has label {extreme}, but the model has {config.num_labels} labels; "
+                "prune a model that was trained on these classes."
+            )
+    return int
 
 
 class ImageCollator:

@@ -1,5 +1,6 @@
 """Settings of a KDFS run: every number of the paper as one checked field."""
 
+import re
 from collections.abc import Callable
 
 from optimum.configuration_utils import BaseConfig
@@ -16,8 +17,15 @@ def _is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
+def _is_pattern(value: object) -> bool:
+    try:
+        return isinstance(value, str) and re.compile(value) is not None
+    except re.error:
+        return False
+
+
 def _is_patterns(value: object) -> bool:
-    return value is None or (isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value))
+    return value is None or (isinstance(value, (list, tuple)) and all(map(_is_pattern, value)))
 
 
 OPEN_SHARE: Rule = ("a number in (0, 1)", lambda value: _is_number(value) and 0 < value < 1)

@@ -157,7 +157,8 @@ class KDFSMaskedModel(nn.Module):
         self.register_buffer("frozen_masks", torch.ones(sum(self.sizes), device=reference.device))
         self.register_buffer("masks_frozen", torch.zeros((), dtype=torch.bool, device=reference.device))
         self.taps = FeatureTaps(network, structure.stages if config.reconstruction_weight > 0 else [])
-        self.decoders = nn.ModuleList(self._decoder(name) for name in self.taps.names).to(reference.device)
+        self.decoders = nn.ModuleList(self._decoder(name) for name in self.taps.names)
+        self.decoders.to(reference.device, reference.dtype)
         self.temperature = config.gumbel_start_temperature
         self.noise_seed, self.noise_step = 0, 0
         self.current_slots: Tensor | None = None  # mask of every slot while a forward pass runs

@@ -91,11 +91,13 @@ def scatter_layer(module: nn.Module, channels: int) -> None:
 
     Args:
         module (`nn.Module`): The layer.
-        channels (`int`): Full width; the buffer `filter_index` of this length is registered.
+        channels (`int`): Full width; the buffer `filter_index` of this length is registered. Until a checkpoint says
+            otherwise the layer's channels come first.
     """
     hooked = hasattr(module, "filter_index")
     reference = next(iter(module.parameters()), torch.zeros(()))
-    index = torch.zeros(channels, dtype=torch.int64, device=reference.device)
+    width = module.num_features if hasattr(module, "num_features") else module.out_channels
+    index = torch.arange(channels, dtype=torch.int64, device=reference.device).clamp(max=width)
     module.register_buffer("filter_index", index)
     if not hooked:
         module.register_forward_hook(_scatter_output)
@@ -158,6 +160,10 @@ class KDFSPrunedModel(PreTrainedModel):
         self.num_labels = config.num_labels
         self.network = build_network(config.base_config)
         apply_widths(self.network, config.widths, config.scattered)
+        for name in config.widths:  # their weights are new and empty
+            module = self.network.get_submodule(name)
+            module.reset_parameters()
+            self.network._init_weights(module)
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:

@@ -15,7 +15,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
 from .configuration_kdfs import KDFSConfig
@@ -33,6 +32,8 @@ logger = logging.get_logger(__name__)
 REPORT_NAME = "kdfs_report.json"
 RUN_NAME = "kdfs_run.json"
 SAMPLED_NAME = "sampled.safetensors"
+HISTORY_NAME = "sampled_history.json"
+PHASES = ("sampling", "fine_tuning")
 
 
 def load_classifier(model: str | os.PathLike | PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
@@ -40,22 +41,31 @@ def load_classifier(model: str | os.PathLike | PreTrainedModel, **kwargs: Any) -
 
     Args:
         model (`str`, `os.PathLike` or `PreTrainedModel`): Hub id, folder or instance.
-        kwargs (`Any`): As of `AutoModelForImageClassification.from_pretrained`.
+        kwargs (`Any`): As of `AutoModelForImageClassification.from_pretrained`; `dtype` is `float32` if it is not
+            given, since the weights are trained.
 
     Returns:
         `PreTrainedModel`: The classifier.
 
     Raises:
+        OSError: If there is no such checkpoint.
         ValueError: If the checkpoint cannot be read.
     """
     if isinstance(model, nn.Module):
         return model
+    if "torch_dtype" not in kwargs:
+        kwargs.setdefault("dtype", torch.float32)
     try:
         loaded, info = AutoModelForImageClassification.from_pretrained(model, output_loading_info=True, **kwargs)
     except (SafetensorError, RuntimeError, EOFError) as error:
         raise ValueError(
             f"`model` must be a readable checkpoint, but the weights of {os.fspath(model)!r} are corrupt "
             f"({str(error).splitlines()[0]}); download or save them again."
+        ) from error
+    except OSError as error:
+        raise OSError(
+            f"`model` must be a folder or a Hub id, but {os.fspath(model)!r} cannot be loaded "
+            f"({str(error).splitlines()[0]})"
         ) from error
     if info["missing_keys"]:
         raise ValueError(
@@ -66,7 +76,11 @@ def load_classifier(model: str | os.PathLike | PreTrainedModel, **kwargs: Any) -
 
 
 def measure_latency(
-    models: dict[str, nn.Module], input_shape: tuple[int, ...], batch_size: int = 1, repeats: int = 30
+    models: dict[str, nn.Module],
+    input_shape: tuple[int, ...],
+    batch_size: int = 1,
+    repeats: int = 30,
+    max_seconds: float = 30.0,
 ) -> dict[str, float]:
     """Shortest seconds of a forward pass, the models taking turns so that a busy machine hits all alike.
 
@@ -77,6 +91,8 @@ def measure_latency(
         input_shape (`tuple[int, ...]`): Channels, height, width.
         batch_size (`int`, *optional*, defaults to 1): Images per pass.
         repeats (`int`, *optional*, defaults to 30): Passes per model, after two to warm up.
+        max_seconds (`float`, *optional*, defaults to 30.0): No further pass after this time and three passes. Threads
+            that wait for each other on busy cores make a pass a hundred times longer.
 
     Returns:
         `dict[str, float]`: Seconds by name.
@@ -88,8 +104,11 @@ def measure_latency(
         model.eval()
     on_gpu = any(image.is_cuda for image in images.values())
     clock = time.process_time if torch.get_num_threads() == 1 and not on_gpu else time.perf_counter
+    begin = time.perf_counter()
     with torch.no_grad():
         for repeat in range(repeats + 2):
+            if repeat >= 5 and time.perf_counter() - begin > max_seconds:
+                break
             for name, model in models.items():
                 if images[name].is_cuda:
                     torch.cuda.synchronize()
@@ -161,7 +180,8 @@ class KDFSPruner:
         processor = None
         if not isinstance(model, nn.Module):
             try:
-                processor = AutoImageProcessor.from_pretrained(model, **kwargs)
+                others = {name: value for name, value in kwargs.items() if name not in ("dtype", "torch_dtype")}
+                processor = AutoImageProcessor.from_pretrained(model, **others)
             except (OSError, ValueError, ImportError) as error:
                 logger.info("No image processor beside the model (%s).", error)
         loaded = load_classifier(model, **kwargs)
@@ -202,11 +222,15 @@ class KDFSPruner:
             ValueError: If the target cannot be reached, the network has no convolutions, or rows lack labels.
         """
         save_directory = Path(save_directory)
+        if save_directory.exists() and not save_directory.is_dir():
+            raise ValueError(
+                f"`save_directory` must be a folder, but {save_directory} is a file; choose another name."
+            )
         input_shape = tuple(first_image(train_dataset).shape)
         args = args or self._default_arguments(save_directory)
         self.processing_class = processing_class or self.processing_class
         masked = self._mask(pruning_config, input_shape)
-        teacher = self.teacher or copy.deepcopy(self.model)
+        teacher = copy.deepcopy(self.model) if self.teacher is None else self.teacher
         common = {
             "train_dataset": train_dataset,
             "eval_dataset": eval_dataset,
@@ -219,6 +243,7 @@ class KDFSPruner:
         sampling_steps, tuning_steps = _split_steps(sampler, args, pruning_config.fine_tune_share)
         run.open(self._fingerprint(pruning_config, args, sampling_steps, tuning_steps), sampler)
         self._sample(sampler, masked, run, sampling_steps)
+        sampler.release_teacher()
         masked.freeze_masks()
         pruned = slice_network(masked, self.model)
         logs = list(sampler.state.log_history) if not run.sampled else run.load_history()
@@ -403,7 +428,11 @@ class _Run:
         trainer.accelerator.wait_for_everyone()
         if trainer.is_world_process_zero() and not self.resumes:
             self.folder.mkdir(parents=True, exist_ok=True)
+            for phase in PHASES:  # a finished run's checkpoints must not be taken for this one's
+                for checkpoint in _checkpoints(self.folder / phase):
+                    shutil.rmtree(checkpoint)
             _write_whole(path, settings)
+        trainer.accelerator.wait_for_everyone()
 
     def phase_arguments(self, args: TrainingArguments, phase: str) -> TrainingArguments:
         """Arguments of one phase, with a folder of its own."""
@@ -413,9 +442,8 @@ class _Run:
         return arguments
 
     def last_checkpoint(self, phase: str) -> str | None:
-        """Newest checkpoint of a phase of an interrupted run."""
-        folder = self.folder / phase
-        found = get_last_checkpoint(str(folder)) if self.resumes and folder.is_dir() else None
+        """Newest whole checkpoint of a phase of an interrupted run."""
+        found = last_whole_checkpoint(self.folder / phase) if self.resumes else None
         if found is not None:
             logger.info("Continuing the %s phase from %s.", phase, found)
         return found
@@ -424,18 +452,46 @@ class _Run:
         """Keep the result of the sampling phase."""
         unfinished = self.folder / f".{uuid.uuid4().hex}"
         state = {name: value.contiguous() for name, value in masked.state_dict().items()}
-        _write_whole(self.folder / "sampled_history.json", history)
+        _write_whole(self.folder / HISTORY_NAME, history)
         save_file(state, unfinished)
         os.replace(unfinished, self.folder / SAMPLED_NAME)
 
     def load_history(self) -> list[dict[str, Any]]:
         """What the sampling phase logged."""
-        return json.loads((self.folder / "sampled_history.json").read_text(encoding="utf-8"))
+        return json.loads((self.folder / HISTORY_NAME).read_text(encoding="utf-8"))
 
     def close(self) -> None:
         """The run is over: the next one in this folder starts from the beginning."""
-        for name in (RUN_NAME, SAMPLED_NAME, "sampled_history.json"):
+        for name in (RUN_NAME, SAMPLED_NAME, HISTORY_NAME):
             (self.folder / name).unlink(missing_ok=True)
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """Checkpoints of a Trainer, oldest first."""
+    found = [path for path in folder.glob("checkpoint-*") if path.is_dir() and path.name[11:].isdigit()]
+    return sorted(found, key=lambda path: int(path.name[11:]))
+
+
+def last_whole_checkpoint(folder: str | os.PathLike) -> str | None:
+    """Newest checkpoint in a Trainer's folder that was written to its end.
+
+    A process that is ended while it writes leaves a folder without `trainer_state.json`, which comes last, or with a
+    part of it.
+
+    Args:
+        folder (`str` or `os.PathLike`): `args.output_dir` of the Trainer; it need not exist.
+
+    Returns:
+        `str` or `None`: The checkpoint, for `resume_from_checkpoint`.
+    """
+    for path in reversed(_checkpoints(Path(folder))):
+        try:
+            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            logger.warning("%s was cut off while it was written and is passed over.", path)
+            continue
+        return str(path)
+    return None
 
 
 def _write_whole(path: Path, document: Any) -> None:

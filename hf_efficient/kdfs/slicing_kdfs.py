@@ -130,9 +130,9 @@ def slice_network(masked: KDFSMaskedModel, model: PreTrainedModel) -> KDFSPruned
             state[f"{name}.filter_index"] = _compose(old, len(layer.outputs), _indices(layer, kept)[1])
         else:
             state[f"{name}.filter_index"] = old
-    pruned.to(kept.device)
+    pruned.to(kept.device, next(source.parameters()).dtype)  # before loading: no weight passes through a coarser type
     pruned.network.load_state_dict(state)
-    return pruned.to(next(source.parameters()).dtype).eval()
+    return pruned.eval()
 
 
 @torch.no_grad()

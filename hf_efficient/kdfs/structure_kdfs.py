@@ -117,6 +117,12 @@ def _conv_kind(module: nn.Module) -> str:
     return "depthwise" if module.groups == module.in_channels else "grouped"
 
 
+def _axes(op: Operation, rank: int) -> set[int]:
+    """Axes that a reduction runs over; all of them where it names none."""
+    named = op.arguments[1] if len(op.arguments) > 1 and isinstance(op.arguments[1], tuple) else ()
+    return {axis % rank for axis in named or range(rank)}
+
+
 class _Reader:
     """One pass over the record for a given decision which groups end in a scatter and which are masked at once."""
 
@@ -181,16 +187,16 @@ class _Reader:
         source = labelled[0]
         slots, states = self.slots[source], self.states[source]
         shape, shape_in = self.record.shapes[out], self.record.shapes[source]
-        if op.name in KEEPS_ZERO or (op.name in PRODUCTS | {"div", "div_"} and len(op.inputs) == 1):
+        if self.keeps_zero(op):
             self.put(out, slots, states)
         elif op.name in MOVES_ZERO or (op.name in ADDITIONS and len(op.inputs) == 1):
             self.move_zero(op, source, out)
-        elif op.name in ("mean", "amax", "sum") and 1 not in {axis % len(shape_in) for axis in op.arguments[1]}:
+        elif op.name in ("mean", "amax", "sum") and 1 not in _axes(op, len(shape_in)):
             self.put(out, slots, states)
-        elif op.name == "constant_pad_nd" and len(op.arguments[1]) <= 4:
-            self.put(
-                out, slots, states
-            )  # zeros, or minus infinity before a maximum: either way the channel stays as it was
+        elif op.name == "constant_pad_nd" and len(op.arguments[1]) <= 2 * (len(shape_in) - 2):
+            value = op.arguments[2] if len(op.arguments) > 2 else 0
+            plain = value in (0, -np.inf)  # minus infinity comes before a maximum: the channel stays as it was
+            self.put(out, slots, states if plain else np.full_like(states, DIRTY))
         elif op.name in RESHAPES and len(shape) > 1 and shape[0] == shape_in[0] and shape[1] % len(slots) == 0:
             repeat = shape[1] // len(slots)
             self.put(out, np.repeat(slots, repeat), np.repeat(states, repeat))
@@ -200,9 +206,9 @@ class _Reader:
                 np.concatenate([self.slot(number) for number in op.inputs]),
                 np.concatenate([self.states[number] for number in op.inputs]),
             )
-        elif op.name == "slice" and len(op.arguments) > 1 and op.arguments[1] != 1:
+        elif op.name == "slice" and len(op.arguments) > 1 and op.arguments[1] % len(shape_in) != 1:
             self.put(out, slots, states)
-        elif op.name in ("split", "split_with_sizes") and len(op.arguments) > 2 and op.arguments[2] == 1:
+        elif op.name in ("split", "split_with_sizes") and (*op.arguments, 0)[2] % len(shape_in) == 1:
             start = 0
             for number in op.outputs:
                 stop = start + self.record.shapes[number][1]
@@ -216,6 +222,18 @@ class _Reader:
             self.pin(np.concatenate([self.slots[number] for number in labelled]))
             for number in op.outputs:
                 self.put(number, self.fresh(number), self.fresh(number))
+
+    def keeps_zero(self, op: Operation) -> bool:
+        """Whether a zero stays zero, and no operand has a value per channel (as the slopes of a PReLU may)."""
+        if op.name in PRODUCTS | {"div", "div_"}:
+            return len(op.inputs) == 1
+        return op.name in KEEPS_ZERO and all(np.prod(self.record.shapes[number]) == 1 for number in op.inputs[1:])
+
+    def width(self, number: int, rank: int) -> int:
+        """Channels of an operand beside one of `rank` axes; shapes align at the last axis."""
+        shape = self.record.shapes[number]
+        axis = 1 - rank + len(shape)
+        return shape[axis] if 0 <= axis < len(shape) else 1
 
     def fresh(self, number: int) -> np.ndarray:
         shape = self.record.shapes[number]
@@ -247,12 +265,14 @@ class _Reader:
         first, second = op.inputs[:2]
         out = op.outputs[0]
         a, b = self.slot(first), self.slot(second)
-        if np.array_equal(a, b):
+        rank = len(self.record.shapes[out])
+        aligned = [len(self.record.shapes[number]) == rank for number in (first, second)]
+        if all(aligned) and np.array_equal(a, b):
             clean = (self.states[first] == CLEAN) | (self.states[second] == CLEAN)
             return self.put(out, a, np.where(clean, CLEAN, DIRTY))
-        if len(b) in (0, 1) and not b.any():
+        if aligned[0] and not b.any() and self.width(second, rank) == 1:
             return self.put(out, a, self.states[first])
-        if len(a) in (0, 1) and not a.any():
+        if aligned[1] and not a.any() and self.width(first, rank) == 1:
             return self.put(out, b, self.states[second])
         self.pin(np.concatenate([a, b]))
         self.put(out, self.fresh(out), self.fresh(out))

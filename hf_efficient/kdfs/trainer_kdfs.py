@@ -10,6 +10,7 @@ from transformers import Trainer, TrainingArguments
 from .configuration_kdfs import KDFSConfig
 from .losses_kdfs import distillation_loss, flops_loss, reconstruction_loss
 from .masking_kdfs import FeatureTaps, KDFSMaskedModel
+from .pushing_kdfs import PushesNoPickles
 from .sampling_kdfs import gumbel_temperature
 from .slicing_kdfs import host_network
 from .structure_kdfs import NetworkStructure, read_structure
@@ -42,7 +43,7 @@ def check_teacher(teacher: nn.Module, model: nn.Module) -> None:
         )
 
 
-class DistillationTrainer(Trainer):
+class DistillationTrainer(PushesNoPickles, Trainer):
     """Cross entropy plus distillation, `CE + kd_weight * T^2 KL(teacher || student)`, for any image classifier.
 
     Args:
@@ -187,9 +188,9 @@ class KDFSTrainer(DistillationTrainer):
         )
         self._dense_macs = model.dense_macs
         self._masked_model = model
-        stages = self.teacher_stages(model.structure) if model.taps.names else []
-        self.teacher_taps = FeatureTaps(self.teacher, stages) if stages else None
-        if not stages:  # nothing to rebuild: decoders would be parameters without a gradient
+        self._stages = self.teacher_stages(model.structure) if model.taps.names else []
+        self.teacher_taps = FeatureTaps(self.teacher, self._stages) if self._stages else None
+        if not self._stages:  # nothing to rebuild: decoders would be parameters without a gradient
             model.drop_decoders()
 
     def teacher_stages(self, structure: NetworkStructure) -> list[str]:
@@ -209,6 +210,29 @@ class KDFSTrainer(DistillationTrainer):
             return [prefix + name for name in structure.stages]
         theirs = read_structure(self.teacher, structure.input_shape).stages
         return theirs if len(theirs) == len(structure.stages) else []
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train; afterwards the teacher has no hooks any more.
+
+        Args:
+            args (`Any`): As of [`~transformers.Trainer.train`].
+            kwargs (`Any`): Likewise.
+
+        Returns:
+            `TrainOutput`: As of [`~transformers.Trainer.train`].
+        """
+        if self.teacher_taps is None and self._stages:
+            self.teacher_taps = FeatureTaps(self.teacher, self._stages)
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            self.release_teacher()
+
+    def release_teacher(self) -> None:
+        """Take the hooks off the teacher."""
+        if self.teacher_taps is not None:
+            self.teacher_taps.remove()
+        self.teacher_taps = None
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The Trainer's optimiser with a group of its own for the mask logits (own rate, no decay).
@@ -273,7 +297,7 @@ class KDFSTrainer(DistillationTrainer):
         """
         config = self.pruning_config
         losses = {"flops": flops_loss(output.macs, self._dense_macs, config.keep_share)}
-        if self.teacher is None:
+        if self.teacher is None or (config.kd_weight == 0 and self.teacher_taps is None):
             return losses
         with torch.no_grad():
             teacher_logits = self.teacher(pixel_values).logits

@@ -53,7 +53,50 @@ class PlainNetwork(PreTrainedModel):
         return ImageClassifierOutput(logits=self.linear(hidden.mean(dim=(2, 3))))
 
 
+class UnusualConfig(PreTrainedConfig):
+    model_type = "kdfs_test_unusual"
+    step: str = "prelu"
+
+
+class UnusualNetwork(PreTrainedModel):
+    """A convolution, a normalisation, one step that has a parameter or a value of its own, a convolution."""
+
+    config_class = UnusualConfig
+
+    def __init__(self, config: UnusualConfig) -> None:
+        super().__init__(config)
+        self.conv1 = nn.Conv2d(3, 12, 3, padding=1)
+        self.norm = nn.BatchNorm2d(12)
+        self.prelu = nn.PReLU(12)
+        self.scale = nn.Parameter(torch.linspace(0.5, 1.5, 12))
+        self.conv2 = nn.Conv2d(12, 16, 3, padding=1)
+        self.conv3 = nn.Conv2d(16, 16, 3)
+        self.linear = nn.Linear(18 if config.step == "pad_features" else 16, config.num_labels)
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, nn.PReLU):
+            nn.init.constant_(module.weight, 0.25)
+
+    def forward(self, pixel_values, labels=None):
+        hidden, step = self.norm(self.conv1(pixel_values)), self.config.step
+        if step == "prelu":
+            hidden = self.prelu(hidden)
+        elif step == "scale":
+            hidden = torch.relu(hidden) * self.scale.view(-1, 1, 1)
+        elif step == "pad_with_ones":
+            hidden = nn.functional.pad(torch.relu(hidden), (1, 1, 1, 1), value=1.0)
+        elif step == "mean_of_all":
+            hidden = torch.relu(hidden) * torch.relu(hidden).mean()
+        hidden = torch.relu(self.conv3(torch.relu(self.conv2(hidden)))).mean(dim=(2, 3))
+        if step == "pad_features":
+            hidden = nn.functional.pad(hidden, (1, 1))
+        return ImageClassifierOutput(logits=self.linear(hidden))
+
+
 AutoConfig.register(PlainConfig.model_type, PlainConfig, exist_ok=True)
+AutoConfig.register(UnusualConfig.model_type, UnusualConfig, exist_ok=True)
+AutoModelForImageClassification.register(UnusualConfig, UnusualNetwork, exist_ok=True)
 AutoModelForImageClassification.register(PlainConfig, PlainNetwork, exist_ok=True)
 
 
@@ -88,6 +131,10 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], int]] = {
         32,
     ),
     "plain": (lambda: PlainNetwork(PlainConfig(num_labels=5)), 12),
+    **{
+        step: (lambda step=step: UnusualNetwork(UnusualConfig(step=step, num_labels=5)), 12)
+        for step in ("prelu", "scale", "pad_with_ones", "mean_of_all", "pad_features")
+    },
     "timm_resnet": (lambda: _timm("resnet18", layers=[1, 1, 1, 1], channels=[16, 16, 24, 32]), 32),
     "timm_densenet": (lambda: _timm("densenet121", block_config=[3, 3], growth_rate=8), 32),
     "timm_vgg_bn": (lambda: _timm("vgg11_bn", mlp_ratio=0.01), 32),

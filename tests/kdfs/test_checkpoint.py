@@ -1,9 +1,13 @@
 """A pruned checkpoint survives: saved, loaded, without the package, as ONNX, fine-tuned further."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
+from local_hub import LocalHub
 from PIL import Image
 from transformers import AutoModel, AutoModelForImageClassification, Trainer, ViTImageProcessor
 
@@ -50,6 +54,26 @@ def save(pruned, shape, folder):
     pixels = torch.randint(0, 256, (shape[1], shape[2], 3), generator=generator, dtype=torch.uint8)
     Image.fromarray(pixels.numpy()).save(folder / "picture.png")
     return folder
+
+
+@pytest.mark.parametrize("family", ["cifar_resnet", "resnet_bottleneck"])
+def test_fresh_weights_are_weights(network, slice_randomly, family):
+    """From a configuration alone: the layers of another width are initialised, every kept filter has one place."""
+    model, shape = network(family)
+    _, pruned = slice_randomly(model, shape, target_flops_reduction=0.35)
+    fresh = AutoModelForImageClassification.from_config(pruned.config)
+    like = type(model)(model.config)
+    for name, value in fresh.network.state_dict().items():
+        if name.endswith("filter_index"):
+            width = fresh.network.get_submodule(name.removesuffix(".filter_index")).num_features
+            assert sorted(value[value < width].tolist()) == list(range(width))
+            assert int(value.max()) <= width
+        elif value.is_floating_point():
+            assert torch.isfinite(value).all(), name
+            spread, expected = float(value.std()), float(like.state_dict()[name].std())
+            assert spread < 3 * expected + 1e-6, name
+            assert spread > expected / 3 - 1e-6, name
+    assert torch.isfinite(fresh(torch.randn(2, *shape)).logits).all()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -139,6 +163,56 @@ def test_onnx_gives_the_same_answers_at_any_batch_size(network, slice_randomly, 
         assert torch.equal(got.argmax(dim=1), expected.argmax(dim=1))
     with pytest.raises((FileExistsError, NotADirectoryError)):
         export_onnx(pruned, file, shape)
+
+
+PUSH = """
+import sys
+from transformers import AutoImageProcessor
+from hf_efficient import KDFSPrunedModelForImageClassification
+KDFSPrunedModelForImageClassification.from_pretrained(sys.argv[1]).push_to_hub("me/pruned")
+AutoImageProcessor.from_pretrained(sys.argv[1]).push_to_hub("me/pruned")
+"""
+FETCH = """
+import json, sys
+sys.modules.update(dict.fromkeys(("hf_efficient", "optimum", "torch_pruning")))
+import torch
+from PIL import Image
+from transformers import AutoImageProcessor, AutoModelForImageClassification, pipeline
+model = AutoModelForImageClassification.from_pretrained("me/pruned", trust_remote_code=True).eval()
+picture = Image.open(sys.argv[1])
+with torch.no_grad():
+    logits = model(**AutoImageProcessor.from_pretrained("me/pruned")(picture, return_tensors="pt")).logits
+best = pipeline("image-classification", "me/pruned", trust_remote_code=True)(picture)[0]["label"]
+print(json.dumps({"logits": logits.tolist(), "best": best}))
+"""
+
+
+@pytest.mark.slow
+def test_pushed_to_a_hub_and_loaded_from_it(network, slice_randomly, tmp_path):
+    model, shape = network("cifar_resnet")
+    _, pruned = slice_randomly(model, shape, target_flops_reduction=0.35)
+    folder = save(pruned, shape, tmp_path / "pruned")
+
+    def client(code, home, *arguments):
+        environment = {**os.environ, **hub.client_environment(tmp_path / home)}
+        command = [sys.executable, "-c", code, *map(str, arguments)]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=500)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    with LocalHub() as hub:
+        client(PUSH, "there", folder)
+        pushed = hub.files("me/pruned")
+        assert {"config.json", "model.safetensors", "modeling_kdfs_pruned.py", "configuration_cifar_resnet.py"} <= {
+            *pushed
+        }
+        assert json.loads(pushed["config.json"])["widths"] == pruned.config.widths
+        answer = json.loads(client(FETCH, "here", folder / "picture.png").splitlines()[-1])
+    inputs = ViTImageProcessor.from_pretrained(folder)(Image.open(folder / "picture.png"), return_tensors="pt")
+    with torch.no_grad():
+        expected = pruned(**inputs).logits
+    torch.testing.assert_close(torch.tensor(answer["logits"]), expected, rtol=1e-5, atol=1e-5)
+    assert answer["best"] == pruned.config.id2label[int(expected.argmax())]
 
 
 @pytest.mark.slow

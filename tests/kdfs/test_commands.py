@@ -1,6 +1,9 @@
 """`hf-efficient prune` on a folder of images: checkpoint, table, picture; one sentence on wrong input."""
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -64,6 +67,11 @@ def test_prune(material, tmp_path, capsys):
         (["--target-flops-reduction", "1.5"], "must be a number in (0, 1), but is 1.5"),
         (["--label-column", "kind"], "--label-column"),
         (["--train-split", "learn"], "--train-split learn is not in the dataset; it has"),
+        (["--epochs", "0"], "--epochs must be above 0, but is 0"),
+        (["--batch-size", "0"], "--batch-size must be at least 1, but is 0"),
+        (["--include-layers", "conv("], "must be None or a list of regular expressions, but is ['conv(']"),
+        (["--model", "nowhere"], "nowhere"),
+        (["--dataset", "nowhere"], "nowhere"),
     ],
 )
 def test_wrong_input_is_one_sentence(material, tmp_path, capsys, more, message):
@@ -72,6 +80,83 @@ def test_wrong_input_is_one_sentence(material, tmp_path, capsys, more, message):
     assert error.startswith("hf-efficient prune: error: ")
     assert message in error
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (["a", "b", "c", "a"], "classes as words in `label`"),
+        ([0, -1, 2, 1], "label -1"),
+        ([0, 1, 3, 1], "label 3, but the model has 3 labels"),
+        ([0, None, 2, 1], "a row without a label"),
+    ],
+)
+def test_labels_the_model_does_not_have(material, tmp_path, capsys, labels, message):
+    """A parquet file of another tool: image bytes without the metadata of `datasets`."""
+    file = write_parquet(tmp_path / "rows.parquet", labels)
+    assert run((material[0], file), tmp_path) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("hf-efficient prune: error: ")
+    assert message in error
+
+
+def test_classes_are_matched_by_their_words(material, tmp_path):
+    """The model's second label is the dataset's third folder."""
+    from types import SimpleNamespace
+
+    from hf_efficient.kdfs.commands_kdfs import _load_data
+
+    model, images = material
+    config = CifarResNetConfig(depth=8, id2label={0: "a", 1: "c", 2: "b"})
+    settings = dict.fromkeys(("eval_split", "image_column", "label_column"))
+    arguments = SimpleNamespace(dataset=str(images), train_split="train", **settings)
+    train, _ = _load_data(arguments, ViTImageProcessor.from_pretrained(model), config)
+    assert train.features["label"].names == ["a", "b", "c"]
+    assert [train[index]["labels"] for index in (0, 6, 12)] == [0, 2, 1]
+
+
+def test_parquet_of_another_tool(material, tmp_path):
+    file = write_parquet(tmp_path / "rows.parquet", [0, 1, 2, 0])
+    assert run((material[0], file), tmp_path, "--target-flops-reduction", "0.4") == 0
+
+
+def write_parquet(file, labels):
+    import io
+
+    import pyarrow
+    import pyarrow.parquet
+
+    rows = []
+    for shade, label in enumerate(labels):
+        picture = io.BytesIO()
+        Image.new("RGB", (16, 16), (60 * shade, 10, 10)).save(picture, "PNG")
+        rows.append({"image": {"bytes": picture.getvalue(), "path": None}, "label": label})
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), file)
+    return file
+
+
+@pytest.mark.slow
+def test_the_same_command_of_optimum(material, tmp_path):
+    """Through Optimum's plug-in mechanism: the installed file, the same arguments, one sentence on a mistake."""
+    command = Path(sys.executable).with_name("optimum-cli")
+    if not command.is_file():
+        pytest.skip("optimum is not installed")
+    model, images = material
+    arguments = ["--model", str(model), "--dataset", str(images), "--output", str(tmp_path / "out")]
+
+    def run_optimum(*more):
+        words = [str(command), "prune", "kdfs", *arguments, "--max-steps", "2", "--batch-size", "8", *more]
+        return subprocess.run(words, capture_output=True, text=True, cwd=tmp_path, timeout=500)
+
+    wrong = run_optimum("--target-flops-reduction", "0.99")
+    assert wrong.returncode == 2
+    assert "must be at most 0." in wrong.stderr.splitlines()[-1]
+    done = run_optimum("--target-flops-reduction", "0.4", "--onnx")
+    assert done.returncode == 0, done.stderr
+    assert "filters before" in done.stdout
+    report = json.loads((tmp_path / "out" / "kdfs_report.json").read_text())
+    assert abs(report["flops"]["reduction"] - 0.4) < 0.01
+    assert {"model.onnx", "widths.png", "model.safetensors"} <= {path.name for path in (tmp_path / "out").iterdir()}
 
 
 def test_augmentation_moves_pixels_and_keeps_labels():

@@ -16,6 +16,7 @@ from hf_efficient import (
 )
 from hf_efficient.kdfs.losses_kdfs import distillation_loss
 from hf_efficient.kdfs.modeling_kdfs_pruned import scatter_channels
+from hf_efficient.kdfs.pruner_kdfs import measure_latency
 
 
 SHAPE = (3, 16, 16)
@@ -97,6 +98,123 @@ def test_an_interrupted_run_goes_on(arguments, toy_data, tmp_path, phase):
         assert torch.equal(value, got[name]), name
     assert [entry["step"] for entry in resumed.history if "loss" in entry] == [1, 2, 3, 4, 1, 2, 3, 4]
     assert not (tmp_path / "cut" / "kdfs_run.json").exists(), "a finished run is over"
+
+
+def test_checkpoints_of_an_earlier_run_are_not_taken_up(arguments, toy_data, tmp_path):
+    """Only a run that was interrupted goes on, and only from its own checkpoints."""
+    data = toy_data(24)
+
+    class Break(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 1:
+                raise KeyboardInterrupt
+
+    def prune(target, *callbacks):
+        pruner = KDFSPruner.from_pretrained(cifar())
+        args = arguments(output_dir=str(tmp_path / "same"), max_steps=4, save_strategy="steps", save_steps=2)
+        config = KDFSConfig(target_flops_reduction=target)
+        pruner.prune(tmp_path / "out", config, data, args=args, callbacks=list(callbacks))
+        return pruner
+
+    prune(0.3)
+    assert list((tmp_path / "same" / "sampling").glob("checkpoint-*"))
+    with pytest.raises(KeyboardInterrupt):
+        prune(0.5, Break())
+    resumed = prune(0.5)
+    assert [entry["step"] for entry in resumed.history if "loss" in entry] == [1, 2, 1, 2]
+
+
+def test_a_checkpoint_that_was_cut_off_is_passed_over(arguments, toy_data, tmp_path):
+    """The machine went away while a checkpoint was written: the one before it counts."""
+
+    class Break(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 3:
+                raise KeyboardInterrupt
+
+    def prune(*callbacks):
+        pruner = KDFSPruner.from_pretrained(cifar())
+        args = arguments(max_steps=4, save_strategy="steps", save_steps=1)
+        config = KDFSConfig(target_flops_reduction=0.4, fine_tune_share=0.0)
+        pruner.prune(tmp_path / "out", config, toy_data(24), args=args, callbacks=list(callbacks))
+        return pruner
+
+    with pytest.raises(KeyboardInterrupt):
+        prune(Break())
+    last = tmp_path / "training" / "sampling" / "checkpoint-2"
+    (last / "trainer_state.json").unlink()
+    (last / "optimizer.pt").write_bytes(b"")
+    resumed = prune()
+    assert [entry["step"] for entry in resumed.history if "loss" in entry] == [1, 2, 3, 4]
+    assert resumed.report["flops"]["reduction"] == pytest.approx(0.4, abs=0.01)
+
+
+def test_the_teacher_is_left_without_hooks(arguments, toy_data, tmp_path):
+    teacher = cifar()
+    pruner = KDFSPruner.from_pretrained(cifar(), teacher=teacher)
+    pruner.prune(tmp_path / "out", KDFSConfig(target_flops_reduction=0.4), toy_data(), args=arguments())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in teacher.modules())
+
+
+def test_half_precision_weights_are_trained_in_single(arguments, toy_data, tmp_path):
+    cifar().half().save_pretrained(tmp_path / "half")
+    pruner = KDFSPruner.from_pretrained(tmp_path / "half")
+    assert next(pruner.model.parameters()).dtype == torch.float32
+    pruner.prune(tmp_path / "out", KDFSConfig(target_flops_reduction=0.4), toy_data(), args=arguments(max_steps=2))
+    assert next(pruner.pruned_model.parameters()).dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_an_instance_keeps_its_precision(arguments, toy_data, tmp_path, dtype):
+    rows = [{**row, "pixel_values": row["pixel_values"].to(dtype)} for row in toy_data()]
+    pruner = KDFSPruner.from_pretrained(cifar().to(dtype))
+    pruner.prune(tmp_path / "out", KDFSConfig(target_flops_reduction=0.4), rows, args=arguments(max_steps=2))
+    assert next(pruner.pruned_model.parameters()).dtype == dtype
+    images = torch.stack([row["pixel_values"] for row in rows])
+    with torch.no_grad():
+        masked, pruned = pruner.masked_model(images).logits, pruner.pruned_model(images).logits
+    assert (masked - pruned).abs().max() <= 0.02 * masked.abs().max()
+
+
+def test_a_pruned_checkpoint_is_pruned_again(arguments, toy_data, tmp_path):
+    """The whole pass twice, through the folder: half of three quarters."""
+    first = KDFSPruner.from_pretrained(cifar())
+    first.prune(tmp_path / "once", KDFSConfig(target_flops_reduction=0.3), toy_data(), args=arguments())
+    again = KDFSPruner.from_pretrained(tmp_path / "once")
+    args = arguments(output_dir=str(tmp_path / "training-again"))
+    folder = again.prune(tmp_path / "twice", KDFSConfig(target_flops_reduction=0.3), toy_data(), args=args)
+    assert again.report["flops"]["before"] == first.report["flops"]["after"]
+    assert again.report["flops"]["reduction"] == pytest.approx(0.3, abs=0.01)
+    assert "reconstruction" in next(entry for entry in again.history if "loss" in entry)
+    loaded = KDFSPruner.from_pretrained(folder).model.eval()
+    images = torch.randn(3, *SHAPE)
+    with torch.no_grad():
+        expected = again.pruned_model(images).logits
+        torch.testing.assert_close(loaded(images).logits, expected, rtol=0, atol=0)
+        assert (again.masked_model(images).logits - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
+def test_a_file_in_place_of_the_folder_is_refused_before_training(arguments, toy_data, tmp_path):
+    (tmp_path / "out").write_text("mine")
+    with pytest.raises(ValueError, match="`save_directory` must be a folder"):
+        KDFSPruner.from_pretrained(cifar()).prune(tmp_path / "out", KDFSConfig(), toy_data(), args=arguments())
+    assert not (tmp_path / "training").exists()
+
+
+def test_latency_is_measured_within_its_time(monkeypatch):
+    """On a busy machine a pass may take seconds; the measurement ends all the same."""
+    now = [0.0]
+
+    class Slow(torch.nn.Module):
+        def forward(self, pixel_values):
+            now[0] += 3.0
+            return pixel_values
+
+    monkeypatch.setattr("hf_efficient.kdfs.pruner_kdfs.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("hf_efficient.kdfs.pruner_kdfs.time.process_time", lambda: now[0])
+    found = measure_latency({"before": Slow(), "after": Slow()}, SHAPE, repeats=1000, max_seconds=60.0)
+    assert found == {"before": 3.0, "after": 3.0}
+    assert now[0] <= 80.0
 
 
 def test_scatter_is_the_loop_over_images():
@@ -199,3 +317,13 @@ def test_original_weights(tmp_path):
 def test_distillation_of_itself_is_zero():
     logits = torch.randn(4, 5)
     assert distillation_loss(logits, logits, 3.0).abs() < 1e-6
+
+
+def test_a_channels_last_network_is_pruned_and_resumes(arguments, toy_data, tmp_path):
+    """Its weights lie otherwise in memory, which checkpoints cannot hold."""
+    model = cifar().to(memory_format=torch.channels_last)
+    pruner = KDFSPruner.from_pretrained(model)
+    args = arguments(max_steps=2, save_strategy="steps", save_steps=1)
+    pruner.prune(tmp_path / "out", KDFSConfig(target_flops_reduction=0.4), toy_data(), args=args)
+    assert model.cifar_resnet.layer1[0].conv1.weight.is_contiguous(memory_format=torch.channels_last)
+    assert KDFSPruner.from_pretrained(tmp_path / "out").model is not None

@@ -48,7 +48,7 @@ def test_the_sliced_network_is_the_masked_one(network, slice_randomly, family):
     images = torch.randn(3, *shape, dtype=torch.float64)
     with torch.no_grad():
         dense, expected, got = (net(images).logits for net in (model, masked, pruned))
-    assert relative(expected, got) < 1e-5
+    assert relative(expected, got) < 1e-12, "exact: what is left is the rounding of sums"
     assert relative(dense, expected) > 1e-2, "the masks must do something"
 
     dense_macs, macs = count_flops(model, shape), count_flops(pruned, shape)
@@ -60,6 +60,17 @@ def test_the_sliced_network_is_the_masked_one(network, slice_randomly, family):
     counts = [(group.size, kept[f"network.{group.name}"][1]) for group in masked.structure.groups]
     assert min(after for _, after in counts) >= 1
     assert sum(after < before for before, after in counts) >= len(counts) // 3
+
+
+@pytest.mark.parametrize("step", ["prelu", "scale", "pad_with_ones", "mean_of_all", "pad_features"])
+def test_steps_with_values_of_their_own_are_exact(network, slice_randomly, step):
+    """What cannot be sliced (a parameter per channel) or is not zero at zero gets its filters scattered before it."""
+    model, shape = network(step)
+    masked, pruned = slice_randomly(model.double(), shape, target_flops_reduction=0.05, include_layers=["conv1"])
+    assert not masked.frozen_masks.all()
+    images = torch.randn(2, *shape, dtype=torch.float64)
+    with torch.no_grad():
+        assert relative(masked(images).logits, pruned(images).logits) < 1e-12
 
 
 @pytest.mark.parametrize("family", ["cifar_resnet", "resnet_bottleneck", "timm_densenet"])
