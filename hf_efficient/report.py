@@ -203,7 +203,7 @@ def efficiency_report(
     >>> report = efficiency_report(model, {"pixel_values": torch.randn(1, 3, 32, 32)})
     >>> print(report)  # doctest: +SKIP
     >>> report.phase("forward pass").model.macs
-    12164352
+    12239488
     ```
     """
     _check_arguments(model, inputs, baseline, repeats, new_tokens, toe)

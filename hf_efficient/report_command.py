@@ -88,7 +88,7 @@ def run_report(arguments: argparse.Namespace) -> dict[str, Any]:
         values = report.to_dict() | {"model": arguments.model, "picture": shown}
     finally:
         torch.set_num_threads(threads)
-    lines = [str(report), f"Picture: {shown}."]
+    lines = [arguments.model, str(report), f"Picture: {shown}."]
     if arguments.plot:
         values["plot"] = str(report.plot(arguments.plot))
         lines.append(f"Wrote {arguments.plot}.")

@@ -87,10 +87,7 @@ def measure_toe(
         if compiled:
             reset_compiler()
     full = costs["baseline"]
-    phases = [
-        compare(f"training step, stage {s}", "step", {"model": costs[f"stage {s}"], "baseline": full}, device)
-        for s in stages
-    ]
+    phases = [compare(f"stage {s}", "step", {"model": costs[f"stage {s}"], "baseline": full}, device) for s in stages]
     notes = ["A step is a forward and a backward pass, without an optimizer; the trained model is a plain one."]
     shares = _shares(config)
     if shares is None:
