@@ -7,7 +7,7 @@ import torch
 from PIL import Image, ImageOps
 from transformers.image_processing_backends import PilBackend
 from transformers.image_processing_utils import BatchFeature
-from transformers.image_utils import ChannelDimension, PILImageResampling, infer_channel_dimension_format
+from transformers.image_utils import ChannelDimension, PILImageResampling
 from transformers.processing_utils import ImagesKwargs, Unpack
 
 from .configuration_pix2pix import Pix2PixConfig
@@ -103,7 +103,8 @@ class Pix2PixImageProcessor(PilBackend):
 
         Args:
             image (`PIL.Image.Image`, `np.ndarray` or `torch.Tensor`): Of any mode; arrays as height x width, height x
-                width x channels or channels x height x width with 1, 2 (grey and alpha), 3 or 4 channels.
+                width x channels or channels x height x width with 1, 2 (grey and alpha), 3 or 4 channels. Where both
+                ends of the shape could be the channels, 3 are; else NumPy's are last and PyTorch's first.
             do_convert_rgb (`bool`, *optional*): Kept for the base class; the result always has `num_channels`.
             input_data_format (`str`, *optional*): `"channels_first"` or `"channels_last"` for arrays where the shape
                 does not tell.
@@ -116,9 +117,10 @@ class Pix2PixImageProcessor(PilBackend):
         if isinstance(image, Image.Image):
             array = _pil_to_array(image)
         else:
-            array = _array_to_255(np.asarray(image.detach().cpu() if isinstance(image, torch.Tensor) else image))
-            array = _channels_last(array, input_data_format)
-            array = _flatten_alpha(array)
+            first = isinstance(image, torch.Tensor)
+            if first:  # NumPy has no bfloat16
+                image = (image.float() if image.dtype == torch.bfloat16 else image).detach().cpu().numpy()
+            array = _flatten_alpha(_channels_last(_array_to_255(np.asarray(image)), input_data_format, first))
         if array.shape[2] == 1 and channels == 3:
             array = np.repeat(array, 3, 2)
         elif array.shape[2] == 3 and channels == 1:
@@ -147,7 +149,9 @@ class Pix2PixImageProcessor(PilBackend):
         processed = []
         for image in images:
             if kwargs["do_resize"]:
-                image = self.resize(image, kwargs["size"], kwargs["resample"])
+                range_ = 1 if image.dtype == np.uint8 else 255  # PIL resizes floats in [0, 1]
+                image = self.resize(image / range_ if range_ > 1 else image, kwargs["size"], kwargs["resample"])
+                image = image * range_
             image = image.astype(np.float32)
             if kwargs["do_rescale"]:
                 image *= np.float32(kwargs["rescale_factor"])
@@ -172,7 +176,7 @@ class Pix2PixImageProcessor(PilBackend):
             outputs ([`ImageToImageOutput`] or `torch.FloatTensor` of shape `(batch, channels, height, width)`): Values
                 in `[-1, 1]`; others are clipped.
             target_sizes (`list[tuple[int, int]]`, *optional*): Height and width of each original image in pixels; the
-                padding beyond is cut off.
+                padding beyond is cut off, and with `do_resize` the rest is scaled back.
 
         Returns:
             `list[PIL.Image.Image]`: One image for each row of the batch.
@@ -190,25 +194,62 @@ class Pix2PixImageProcessor(PilBackend):
         for row, image in enumerate(images):
             image = image.detach().float().cpu()
             if target_sizes is not None:
-                image = image[:, : target_sizes[row][0], : target_sizes[row][1]]
-            if self.do_normalize and len(image) != len(mean):  # colours out of grey or the other way round
-                mean, std = mean.mean(), std.mean()
+                height, width = self._size_inside(target_sizes[row])
+                image = image[:, :height, :width]
+            if self.do_normalize and len(image) != mean.numel():  # colours out of grey or the other way round
+                mean, std = mean.mean().view(1, 1, 1), std.mean().view(1, 1, 1)
             pixels = ((image * std + mean) / factor).clamp_(0, 255).round_().to(torch.uint8)
             pixels = pixels.permute(1, 2, 0).numpy()
-            pictures.append(Image.fromarray(np.ascontiguousarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)))
+            picture = Image.fromarray(np.ascontiguousarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels))
+            if target_sizes is not None and self.do_resize:
+                picture = picture.resize(target_sizes[row][::-1], self.resample)
+            pictures.append(picture)
         return pictures
+
+    def _size_inside(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Height and width that an image of this size has before it is padded."""
+        if not self.do_resize:
+            return size
+        return self.resize(np.zeros((1, *size), np.uint8), self.size, self.resample).shape[1:]
+
+
+def to_rgb(image: Image.Image | np.ndarray | torch.Tensor) -> Image.Image:
+    """Read an image of any kind as [`Pix2PixImageProcessor`] does.
+
+    Args:
+        image (`PIL.Image.Image`, `np.ndarray` or `torch.Tensor`): As in [`~Pix2PixImageProcessor.process_image`].
+
+    Returns:
+        `PIL.Image.Image`: Upright, RGB.
+    """
+    array = Pix2PixImageProcessor().process_image(image)
+    return Image.fromarray(np.ascontiguousarray(array.round().astype(np.uint8).transpose(1, 2, 0)))
+
+
+def deep_to_grey(image: Image.Image) -> np.ndarray:
+    """Scale grey images of 16 or 32 bits a pixel to 8.
+
+    Args:
+        image (`PIL.Image.Image`): Of mode `"I;16"` (and its byte orders), `"I"` or `"F"`. The first has values up to
+            65535; the others too where they have any above 255, and floats up to 1 are scaled up.
+
+    Returns:
+        `np.ndarray` of shape `(height, width)`: `uint8`.
+    """
+    values = np.asarray(image).astype(np.float32)
+    high = values.max() if values.size else 0
+    if image.mode == "F" and high <= 1:
+        values = values * 255
+    elif image.mode.startswith("I;16") or high > 255:
+        values = values / 257  # 65535 -> 255
+    return values.clip(0, 255).round().astype(np.uint8)
 
 
 def _pil_to_array(image: Image.Image) -> np.ndarray:
     """Return `(height, width, 3)` for colour and `(height, width, 1)` for grey images, `uint8`."""
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I") or image.mode == "F":  # 16 or 32 bits a pixel, grey
-        values = np.asarray(image).astype(np.float32)
-        if image.mode == "F" and values.size and values.max() <= 1:
-            values = values * 255
-        elif values.size and values.max() > 255:
-            values = values / 257  # 65535 -> 255
-        return values.clip(0, 255).round().astype(np.uint8)[..., None]
+        return deep_to_grey(image)[..., None]
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
         return np.asarray(Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB"))
@@ -219,14 +260,14 @@ def _pil_to_array(image: Image.Image) -> np.ndarray:
 
 def _array_to_255(array: np.ndarray) -> np.ndarray:
     """Scale the values of an array to `[0, 255]`: `uint8` stays, wider integers and floats are scaled."""
+    if array.size == 0 or not (array.dtype == bool or np.issubdtype(array.dtype, np.number)):
+        raise ValueError(f"An image array must hold numbers, got {array.dtype} of shape {array.shape}.")
     if array.dtype == np.uint8:
         return array
     if array.dtype == bool:
         return array.astype(np.uint8) * 255
     if array.dtype == np.uint16:
         return (array / np.float32(257)).round().astype(np.uint8)
-    if not np.issubdtype(array.dtype, np.number) or array.size == 0:
-        raise ValueError(f"An image array must hold numbers, got {array.dtype} of shape {array.shape}.")
     low, high = array.min(), array.max()
     if np.issubdtype(array.dtype, np.integer):
         if low < 0 or high > 255:
@@ -237,14 +278,23 @@ def _array_to_255(array: np.ndarray) -> np.ndarray:
     return array.astype(np.float32) * 255
 
 
-def _channels_last(array: np.ndarray, data_format: str | ChannelDimension | None) -> np.ndarray:
+def _channels_last(array: np.ndarray, data_format: str | ChannelDimension | None, first: bool) -> np.ndarray:
     if array.ndim == 2:
         return array[..., None]
     if array.ndim != 3:
         raise ValueError(f"An image array must have 2 or 3 axes, got the shape {array.shape}.")
-    if data_format is None:
-        data_format = infer_channel_dimension_format(array, num_channels=(1, 2, 3, 4))
-    return array.transpose(1, 2, 0) if ChannelDimension(data_format) == ChannelDimension.FIRST else array
+    if data_format is not None:
+        first = ChannelDimension(data_format) == ChannelDimension.FIRST
+    else:
+        ends = (array.shape[0], array.shape[2])
+        possible = [end in (1, 2, 3, 4) for end in ends]
+        if not any(possible):
+            raise ValueError(f"An image array must have 1 to 4 channels, got the shape {array.shape}.")
+        if possible != [True, True]:
+            first = possible[0]
+        elif (ends[0] == 3) != (ends[1] == 3):
+            first = ends[0] == 3
+    return array.transpose(1, 2, 0) if first else array
 
 
 def _flatten_alpha(array: np.ndarray) -> np.ndarray:

@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import torch
 from huggingface_hub.utils import httpx
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch.utils.data import Dataset
 from transformers import Pipeline
 
-from .image_processing_pix2pix import Pix2PixImageProcessor
+from .image_processing_pix2pix import Pix2PixImageProcessor, to_rgb
 
 
 class ImageToImageError(ValueError):
@@ -29,6 +29,9 @@ class ImageToImageError(ValueError):
 
     def __init__(self, failures: dict[int, str], results: list[Image.Image | None]) -> None:
         self.failures, self.results = failures, results
+        if len(results) == len(failures) == 1:
+            super().__init__(f"The input could not be translated ({failures[0]}).")
+            return
         listed = "; ".join(f"item {position}: {reason}" for position, reason in failures.items())
         where = "the others are in this error's `results`" if results else "the others were handed out"
         super().__init__(f"{len(failures)} of the inputs could not be translated ({listed}); {where}.")
@@ -117,7 +120,7 @@ class ImageToImagePipeline(Pipeline):
         if _is_single(inputs):
             output = super().__call__(inputs, **kwargs)
             if isinstance(output, _Failure):
-                raise ImageToImageError({0: output.reason}, [])
+                raise ImageToImageError({0: output.reason}, [None])
             return output
         if isinstance(inputs, Dataset):
             return _stream(super().__call__(inputs, **kwargs))
@@ -142,49 +145,56 @@ class ImageToImagePipeline(Pipeline):
             in pixels) and `failures` (what is wrong, else `None`), each in a list of one, so that images of unequal
             size can share a batch.
         """
+        given = image
         try:
-            image, size = _read(image, timeout)
-            if self.model.config.model_type != "pix2pix" and isinstance(image, Image.Image):
-                image = Image.fromarray(Pix2PixImageProcessor().process_image(image).transpose(1, 2, 0))
+            image, size = _read(given, timeout)
+            if self.model.config.model_type != "pix2pix":  # stock processors know fewer kinds of images
+                image = to_rgb(image)
             pixels = self.image_processor(image, return_tensors="pt")["pixel_values"][0]
         except Exception as error:  # whatever a broken file or URL raises: the rest of the batch goes on
-            reason = f"{_describe(image)}: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
+            reason = f"{_describe(given)}: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
             return {"pixel_values": [None], "target_sizes": [None], "failures": [reason]}
         return {"pixel_values": [pixels], "target_sizes": [size], "failures": [None]}
 
     def _forward(self, model_inputs: dict[str, list[Any]]) -> dict[str, list[Any]]:
         """Run the model once for each size in the batch."""
+        scales_back = hasattr(self.image_processor, "post_process_image_to_image")
         pixels, sizes, failures = (_flatten(model_inputs[key]) for key in ("pixel_values", "target_sizes", "failures"))
         groups: dict[tuple[int, ...], list[int]] = {}
         for row, image in enumerate(pixels):
             if image is not None:
                 groups.setdefault(tuple(image.shape), []).append(row)
-        outputs: list[Any] = [None] * len(pixels)
+        outputs, targets = [None] * len(pixels), [None] * len(pixels)
         for (_, height, width), rows in groups.items():
             batch = torch.stack([pixels[row] for row in rows]).to(self.model.dtype)
-            images = self.model(pixel_values=batch).reconstruction
+            images = getattr(self.model(pixel_values=batch), "reconstruction", None)
+            if images is None:
+                raise ValueError(
+                    f"`model` must be an image-to-image model, but {type(self.model).__name__} gives no image back."
+                )
             for row, image in zip(rows, images):
                 high = sizes[row][0] * image.shape[1] // height  # an upscaling model scales the size, too
                 wide = sizes[row][1] * image.shape[2] // width
-                outputs[row] = image[:, :high, :wide]
-        return {"reconstruction": outputs, "failures": failures}
+                outputs[row] = image if scales_back else image[:, :high, :wide]
+                targets[row] = (high, wide)
+        return {"reconstruction": outputs, "target_sizes": targets, "failures": failures}
 
     def postprocess(self, model_outputs: dict[str, Any]) -> Image.Image | _Failure:
         """Turn one output into an image.
 
         Args:
-            model_outputs (`dict`): `reconstruction` and `failures` of one input.
+            model_outputs (`dict`): `reconstruction`, `target_sizes` and `failures` of one input.
 
         Returns:
             `PIL.Image.Image`, or a marker that the call turns into an error.
         """
-        image, failure = model_outputs["reconstruction"], model_outputs["failures"]
-        image, failure = (value[0] if isinstance(value, list) else value for value in (image, failure))
+        values = (model_outputs[name] for name in ("reconstruction", "target_sizes", "failures"))
+        image, size, failure = (value[0] if isinstance(value, list) else value for value in values)
         if failure is not None:
             return _Failure(failure)
         image = image[0] if image.ndim == 4 else image
         if hasattr(self.image_processor, "post_process_image_to_image"):
-            return self.image_processor.post_process_image_to_image(image[None])[0]
+            return self.image_processor.post_process_image_to_image(image[None], [size])[0]
         pixels = (image.float().cpu().clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
         return Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
 
@@ -255,6 +265,6 @@ def _open(source: str | Path, timeout: float | None) -> Image.Image:
         return Image.open(text)
     try:
         data = base64.b64decode(text.split(",", 1)[1] if text.startswith("data:image/") else text, validate=True)
-    except (binascii.Error, ValueError, IndexError):
-        raise FileNotFoundError("no such file, and neither a URL nor base64") from None
-    return Image.open(io.BytesIO(data))
+        return Image.open(io.BytesIO(data))
+    except (binascii.Error, ValueError, IndexError, UnidentifiedImageError):  # a name may look like base64
+        raise FileNotFoundError("no such file, and neither a URL nor the base64 of an image") from None

@@ -41,6 +41,7 @@ def test_every_kind_of_image_becomes_the_same_pixels(processor, picture):
         "array": array,
         "channels first": array.transpose(2, 0, 1),
         "tensor": torch.from_numpy(array.copy()),
+        "tensor channels first": torch.from_numpy(array.transpose(2, 0, 1).copy()),
         "int64": array.astype(np.int64),
         "uint16": array.astype(np.uint16) * 257,
         "float": array / 255,
@@ -52,6 +53,36 @@ def test_every_kind_of_image_becomes_the_same_pixels(processor, picture):
         torch.testing.assert_close(answer, expected, atol=1e-6, rtol=0, msg=name)
 
 
+def test_a_bfloat16_tensor_is_an_image(processor):
+    pixels = torch.rand(3, 8, 8).bfloat16()
+    answer = processor(pixels, return_tensors="pt")["pixel_values"][0]
+    torch.testing.assert_close(answer, pixels.float() * 2 - 1, atol=1e-5, rtol=0)
+
+
+def test_low_and_narrow_arrays_keep_their_size(processor, picture):
+    low, narrow = np.array(picture(2, 30)), np.array(picture(30, 2))
+    for array in (low, narrow, np.array(picture(3, 4))):
+        height, width = array.shape[:2]
+        assert processor.process_image(array).shape == (3, height, width)
+        if 3 not in (height, width):  # a tensor of 3 rows may have them first
+            assert processor.process_image(torch.from_numpy(array)).shape == (3, height, width)
+        channels_first = torch.from_numpy(array.transpose(2, 0, 1).copy())
+        assert processor.process_image(channels_first).shape == (3, height, width)
+    assert processor.process_image(low.transpose(2, 0, 1), input_data_format="channels_first").shape == (3, 2, 30)
+
+
+def test_resized_images_are_scaled_back(picture):
+    processor = Pix2PixImageProcessor(do_resize=True, size={"height": 24, "width": 20}, size_divisor=16)
+    for image in (picture(40, 30), picture(5, 7), np.asarray(picture(40, 30)) / 255):
+        height, width = np.asarray(image).shape[:2]
+        pixels = processor(image, return_tensors="pt")["pixel_values"]
+        assert pixels.shape == (1, 3, 32, 32)
+        answer = processor.post_process_image_to_image(pixels, [(height, width)])[0]
+        assert answer.size == (width, height)
+        wanted = np.asarray(image) * (255 if isinstance(image, np.ndarray) else 1)
+        assert np.abs(np.asarray(answer, float) - wanted).mean() < 8  # smooth pictures survive both ways
+
+
 def test_grey_and_deep_images_keep_their_brightness(processor):
     ramp = np.arange(64, dtype=np.uint8).reshape(8, 8) * 4
     expected = processor(np.repeat(ramp[..., None], 3, 2), return_tensors="pt")["pixel_values"]
@@ -61,6 +92,8 @@ def test_grey_and_deep_images_keep_their_brightness(processor):
     kinds += [Image.fromarray((ramp / 255).astype(np.float32)), Image.fromarray(ramp).convert("P")]
     for image in kinds:
         assert torch.equal(processor(image, return_tensors="pt")["pixel_values"], expected)
+    dark = Image.fromarray(np.full((8, 8), 200, np.uint16))  # 0.3 % of white, not 78 %
+    assert processor.process_image(dark).max() == 1
     bits = processor(Image.fromarray(ramp > 100), return_tensors="pt")["pixel_values"]
     assert bits.unique().tolist() == [-1, 1]
 
@@ -99,8 +132,8 @@ def test_a_grey_generator_gets_and_gives_grey(picture):
     answer = processor.post_process_image_to_image(pixels)[0]
     assert answer.mode == "L"
     assert np.array_equal(answer, picture(8, 8).convert("L"))
-    colours = processor.post_process_image_to_image(torch.zeros(1, 3, 8, 8))[0]
-    assert colours.mode == "RGB"
+    colours = processor.post_process_image_to_image(torch.zeros(2, 3, 8, 8))
+    assert [image.mode for image in colours] == ["RGB", "RGB"]
 
 
 def test_settings_survive_saving(tmp_path):
@@ -116,6 +149,10 @@ def test_a_wrong_image_is_named(processor, picture):
         processor(np.array([[[0.0, 3.0, 1.0]]]))
     with pytest.raises(ValueError, match=r"integer image array must hold values in \[0, 255\], got \[-1, 4\]"):
         processor(np.array([[[-1, 4, 1]]]))
+    with pytest.raises(ValueError, match=r"must hold numbers, got uint8 of shape \(0, 8, 3\)"):
+        processor(np.zeros((0, 8, 3), np.uint8))
+    with pytest.raises(ValueError, match=r"1 to 4 channels, got the shape \(8, 8, 8\)"):
+        processor(np.zeros((8, 8, 8), np.uint8))
     with pytest.raises(ValueError, match=r"one size after padding, got 16x8, 8x8"):
         processor([picture(8, 8), picture(16, 8)], return_tensors="pt")
     with pytest.raises(ValueError, match=r"one size an image, got 2 for 1"):
