@@ -78,6 +78,25 @@ class Pix2PixConfig(PreTrainedConfig):
         self._check_choices()
         self._check_ranges()
 
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "Pix2PixConfig":
+        """Build a configuration from the fields of a `config.json`.
+
+        Args:
+            config_dict (`dict`): Its fields.
+            **kwargs: As in [`~PreTrainedConfig.from_dict`].
+
+        Returns:
+            [`Pix2PixConfig`]: The configuration.
+
+        Raises:
+            ValueError: If the file belongs to a model of another type.
+        """
+        found = config_dict.get("model_type", cls.model_type)
+        if found != cls.model_type:
+            raise ValueError(f"A generator's `model_type` must be {cls.model_type!r}, this checkpoint has {found!r}.")
+        return super().from_dict(config_dict, **kwargs)
+
     def _check_choices(self) -> None:
         for name, allowed in (
             ("generator", tuple(GENERATORS)),

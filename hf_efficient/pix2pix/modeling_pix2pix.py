@@ -415,5 +415,14 @@ class Pix2PixDiscriminator(nn.Module):
 
         Returns:
             `torch.FloatTensor` of shape `(batch, 1, patches_high, patches_wide)`: Logits, high where real.
+
+        Raises:
+            ValueError: If the images are too small for a single score.
         """
+        smallest = 3 * 2 ** RECEPTIVE_FIELDS[self.receptive_field] if self.receptive_field > 1 else 1
+        if min(source.shape[2:]) < smallest:
+            raise ValueError(
+                f"`receptive_field={self.receptive_field}` needs images of at least {smallest} pixels, got "
+                f"{source.shape[2]}x{source.shape[3]}; choose a smaller receptive field or larger images."
+            )
         return self.layers(torch.cat([source, target], 1))

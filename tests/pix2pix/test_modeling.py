@@ -185,6 +185,16 @@ def test_a_wrong_input_is_named(tiny_model):
         tiny_model(torch.zeros(1, 3, 16, 16), labels=torch.zeros(1, 3, 8, 8))
     with pytest.raises(ValueError, match=r"1, 16, 34, 70, 142, 286 pixels, got 71"):
         Pix2PixDiscriminator(71)
+    with pytest.raises(ValueError, match=r"`receptive_field=70` needs images of at least 24 pixels, got 16x32"):
+        Pix2PixDiscriminator(70, base_channels=1)(torch.zeros(1, 3, 16, 32), torch.zeros(1, 3, 16, 32))
+
+
+@pytest.mark.parametrize("receptive_field", [1, 16, 34, 70, 142, 286])
+def test_the_smallest_image_gets_one_score(receptive_field):
+    side = {1: 1, 16: 6, 34: 12, 70: 24, 142: 48, 286: 96}[receptive_field]
+    images = torch.zeros(1, 3, side, side)
+    scores = Pix2PixDiscriminator(receptive_field, base_channels=1, norm="none")(images, images)
+    assert scores.shape == (1, 1, 1, 1)
 
 
 @pytest.mark.parametrize(("norm", "stats"), [("batch", "running"), ("batch", "batch"), ("instance", "running")])

@@ -11,10 +11,10 @@ import pytest
 import torch
 import transformers
 from PIL import Image
-from transformers import pipeline
+from transformers import ViTConfig, ViTModel, pipeline
 from transformers.pipelines.pt_utils import KeyDataset
 
-from hf_efficient import ImageToImagePipeline, Pix2PixImageProcessor
+from hf_efficient import ImageToImagePipeline, Pix2PixImageProcessor, Pix2PixModel
 from hf_efficient.pix2pix import ImageToImageError
 
 
@@ -139,8 +139,10 @@ def test_a_broken_file_does_not_stop_the_batch(pipe, picture_folder, expected, b
         assert name in str(error)
     assert [result is None for result in error.results] == [False, True, False, True, True, True, False]
     same([result for result in error.results if result is not None], expected)
-    with pytest.raises(ImageToImageError, match=r"notes\.png"):
+    with pytest.raises(ImageToImageError, match=r"The input could not be translated \(.*notes\.png: .*\)\.$"):
         pipe(str(text))
+    with pytest.raises(ImageToImageError, match="imagesab: no such file, and neither a URL nor the base64 of an"):
+        pipe("imagesab")  # decodes as base64, but to no image
 
 
 def test_a_broken_file_in_a_stream_is_named_at_its_end(pipe, picture_folder, expected):
@@ -151,6 +153,28 @@ def test_a_broken_file_in_a_stream_is_named_at_its_end(pipe, picture_folder, exp
     assert seen[1] is None
     same([answer for answer in seen if answer is not None], expected)
     assert list(caught.value.failures) == [1]
+
+
+def test_a_model_that_gives_no_image_is_named(tmp_path, picture):
+    sizes = {"num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 16, "patch_size": 8}
+    model = ViTModel(ViTConfig(hidden_size=8, intermediate_size=8, **sizes))
+    pipe = ImageToImagePipeline(model=model, image_processor=Pix2PixImageProcessor(size_divisor=16), device="cpu")
+    with pytest.raises(ValueError, match="must be an image-to-image model, but ViTModel gives no image back"):
+        pipe(picture(16, 16))
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="`model_type` must be 'pix2pix', this checkpoint has 'vit'"):
+        Pix2PixModel.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("size", [(40, 30), (5, 7)])
+def test_a_processor_that_resizes_still_gives_the_size_back(tiny_model, picture, size):
+    processor = Pix2PixImageProcessor.for_model(tiny_model.config, do_resize=True)
+    pipe = ImageToImagePipeline(model=tiny_model, image_processor=processor, device="cpu")
+    answers = pipe([picture(*size), picture(16, 16)], batch_size=2)
+    assert answers[0].size == size[::-1]
+    small = picture(*size).resize((16, 16), Image.Resampling.BICUBIC)
+    expected = pipe(small).resize(size[::-1], Image.Resampling.BICUBIC)
+    assert np.abs(np.asarray(answers[0], int) - np.asarray(expected, int)).max() <= 2
 
 
 def test_a_wrong_call_is_named(pipe, picture):
