@@ -20,6 +20,7 @@ from .callback_dynamic_llava import (
     is_training_log,
 )
 from .loading_dynamic_llava import PREDICTORS
+from .pushing_dynamic_llava import PushesNoPickles
 
 
 STAGING = "_incomplete"  # pushing a run's folder leaves out what begins with an underscore
@@ -66,7 +67,7 @@ def _setting(args: TrainingArguments, name: str) -> Any:
     return getattr(args, name, getattr(DynamicLlavaTrainingArguments, name))
 
 
-class DynamicLlavaTrainer(Trainer):
+class DynamicLlavaTrainer(PushesNoPickles, Trainer):
     """`Trainer` for a sparse LLaVA.
 
     Modifications: [`DynamicLlavaCallback`] is always there; the predictors have their own learning rate and weight

@@ -6,6 +6,7 @@ image pool and the running average of the weights are in every checkpoint, so th
 """
 
 import contextlib
+import json
 import os
 import shutil
 from collections import defaultdict
@@ -21,15 +22,17 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import EvalPrediction, Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
+from transformers.trainer_utils import SchedulerType, rotate_checkpoints
 
 from .figures_pix2pix import sample_sheet, save_picture, to_picture
 from .losses_pix2pix import GAN_LOSSES, ImagePool, discriminator_loss, generator_loss, score_pairs
 from .modeling_pix2pix import Pix2PixDiscriminator, Pix2PixModel
+from .pushing_pix2pix import PushesNoPickles
 
 
 _RAW_WEIGHTS, _DISCRIMINATOR = "generator_raw.safetensors", "discriminator.safetensors"
 _DISCRIMINATOR_STATE = "discriminator_state.pt"
+_ARCHITECTURE = ("generator", "num_levels", "base_channels", "norm", "num_channels", "num_output_channels")
 
 
 @dataclass
@@ -39,6 +42,7 @@ class Pix2PixTrainingArguments(TrainingArguments):
     Defaults that differ from [`TrainingArguments`], all from the paper (Sec. 3.3): `learning_rate` 2e-4, `adam_beta1`
     0.5, `weight_decay` and `max_grad_norm` 0, `num_train_epochs` 200, `per_device_train_batch_size` 1; and for images:
     `remove_unused_columns` off, `batch_eval_metrics` on, `logging_nan_inf_filter` off, `ddp_broadcast_buffers` off.
+    The schedule is the one of `decay_start`; `lr_scheduler_type` and warm-up are refused.
 
     Args:
         gan_loss (`str`, defaults to `"vanilla"`): `"vanilla"` (cross entropy, Eq. 1), `"lsgan"`, `"hinge"`, or
@@ -84,12 +88,17 @@ class Pix2PixTrainingArguments(TrainingArguments):
             raise ValueError(f"`ema_decay` must lie in [0, 1), got {self.ema_decay}.")
         if self.preview_count < 1:
             raise ValueError(f"`preview_count` must be at least 1, got {self.preview_count}.")
+        if self.lr_scheduler_type not in ("linear", SchedulerType.LINEAR) or self.warmup_steps:
+            raise ValueError(
+                "`lr_scheduler_type` and `warmup_steps` must be left out: the learning rate is constant, then falls "
+                f"linearly from `decay_start` on; got {self.lr_scheduler_type!s} and {self.warmup_steps}."
+            )
         if self.ddp_broadcast_buffers is None:
             self.ddp_broadcast_buffers = False  # running averages are written between two forwards of one step
         super().__post_init__()
 
 
-class Pix2PixTrainer(Trainer):
+class Pix2PixTrainer(PushesNoPickles, Trainer):
     """Trains a generator against a discriminator.
 
     Args:
@@ -102,9 +111,13 @@ class Pix2PixTrainer(Trainer):
 
     Raises:
         TypeError: If `args` are plain [`TrainingArguments`].
+        ValueError: If `discriminator` takes another number of channels than source and target have together; while
+            training, if rows lack an image or their images differ in size, or a checkpoint holds other networks.
         FloatingPointError: While training, when a loss is no longer finite. The step is not applied and the model
             holds the weights of the last checkpoint.
     """
+
+    _left_out = (_DISCRIMINATOR, _RAW_WEIGHTS)  # of a push
 
     def __init__(
         self,
@@ -115,14 +128,19 @@ class Pix2PixTrainer(Trainer):
     ) -> None:
         if not isinstance(args, Pix2PixTrainingArguments):
             raise TypeError(f"`args` must be Pix2PixTrainingArguments, got {type(args).__name__}.")
-        if kwargs.get("compute_metrics") is None and kwargs.get("eval_dataset") is not None:
+        if kwargs.get("compute_metrics") is None:
             kwargs["compute_metrics"] = ImageMetrics()
         super().__init__(model=model, args=args, **kwargs)
         self.model_accepts_loss_kwargs = False
         config = model.config
+        channels = config.num_channels + config.num_output_channels
         if discriminator is None:
-            channels = config.num_channels + config.num_output_channels
             discriminator = Pix2PixDiscriminator(70, channels, config.base_channels, config.norm)
+        if discriminator.layers[0].in_channels != channels:
+            raise ValueError(
+                f"`discriminator` must take {channels} channels, those of source and target together, got "
+                f"{discriminator.layers[0].in_channels}; set its `num_channels`."
+            )
         self.discriminator = self.discriminator_wrapped = discriminator.to(args.device)
         self.discriminator_optimizer = self.discriminator_scheduler = None
         self.pool = ImagePool(args.pool_size, args.seed + args.process_index)
@@ -130,6 +148,7 @@ class Pix2PixTrainer(Trainer):
         self._held: list[tuple[dict[str, Tensor], list[Tensor]]] = []
         self._sums: dict[str, list[Tensor]] = defaultdict(list)
         self._staging: str | None = None
+        self._last_checkpoint: Path | None = None  # of this run
         self.add_callback(_EveryStep(self))
 
     # ---- two optimisers ----
@@ -145,6 +164,8 @@ class Pix2PixTrainer(Trainer):
         self.discriminator_wrapped, self.discriminator_optimizer = self.accelerator.prepare(
             self.discriminator, optimizer
         )
+        self._held.clear()  # of a step that was interrupted
+        self._last_checkpoint = None if resume_from_checkpoint is None else Path(resume_from_checkpoint)
         self.average = None
         if self.args.ema_decay > 0:
             self.average = {name: value.detach().clone() for name, value in self.model.state_dict().items()}
@@ -193,12 +214,15 @@ class Pix2PixTrainer(Trainer):
         model.train()
         self.discriminator.train()
         inputs = self._prepare_inputs(inputs)
+        if not {"pixel_values", "labels"} <= inputs.keys():
+            raise ValueError(f"Rows of the data set must hold `pixel_values` and `labels`, got {', '.join(inputs)}.")
         inputs = {name: inputs[name] for name in ("pixel_values", "labels")}
         shapes = [tuple(value.shape[2:]) for value in inputs.values()]
         if shapes[0] != shapes[1]:
             raise ValueError(f"Both images of a pair must have one size, got {shapes[0]} and {shapes[1]} pixels.")
         count, last = self.current_gradient_accumulation_steps, self.accelerator.sync_gradients
-        self._held.append((inputs, _random_state(self.args.device) if count > 1 else []))
+        again = count > 1 and self.args.gan_loss != "none"  # the generator runs twice on these inputs
+        self._held.append((inputs, _random_state(self.args.device) if again else []))
         output = None
         if self.args.gan_loss != "none":
             with torch.set_grad_enabled(count == 1), self.compute_loss_context_manager():
@@ -258,15 +282,14 @@ class Pix2PixTrainer(Trainer):
             self._stop(f"The {network}'s loss became {loss.item()} at step {self.state.global_step + 1}")
 
     def _stop(self, what: str) -> None:
-        """Load the last checkpoint's weights and end the training with one sentence."""
+        """Load the weights that the last checkpoint shows and end the training with one sentence."""
         self._held.clear()
-        folder = self.args.output_dir
-        checkpoint = get_last_checkpoint(folder) if os.path.isdir(folder) else None
+        checkpoint = self._last_checkpoint
         if checkpoint is None:
             kept = "no checkpoint was written yet"
         else:
-            raw = Path(checkpoint) / _RAW_WEIGHTS
-            self.model.load_state_dict(load_file(raw if raw.exists() else Path(checkpoint) / "model.safetensors"))
+            self.model.load_state_dict(load_file(checkpoint / "model.safetensors"))
+            self.average = None
             kept = f"the model holds the weights of the last good checkpoint, {checkpoint}"
         raise FloatingPointError(f"{what}: training stopped before this step and {kept}; lower `learning_rate`.")
 
@@ -356,6 +379,7 @@ class Pix2PixTrainer(Trainer):
                 self._stop(f"A weight of the {name} is no longer finite after step {self.state.global_step}")
         if self.args.push_to_hub:  # the upload runs on in the background and needs the final folder
             super()._save_checkpoint(model, trial)
+            self._last_checkpoint = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
             return
         run, name = Path(self._get_output_dir(trial)), f"checkpoint-{self.state.global_step}"
         staging = run / f".saving-{name}"
@@ -379,6 +403,7 @@ class Pix2PixTrainer(Trainer):
             self._staging = None
             if self.args.should_save:
                 shutil.rmtree(staging, ignore_errors=True)
+        self._last_checkpoint = run / name
         best = self.state.best_model_checkpoint
         if self.args.should_save:
             rotate_checkpoints(str(run), self.args.save_total_limit, best, use_mtime=True)
@@ -411,6 +436,20 @@ class Pix2PixTrainer(Trainer):
         if self.average is not None:
             save_file(_plain(self.model.state_dict()), folder / _RAW_WEIGHTS)
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """Modifications: other networks are refused, where the base class warns and goes on with random weights."""
+        file = Path(resume_from_checkpoint) / "config.json"
+        if file.is_file():
+            saved, own = json.loads(file.read_text(encoding="utf-8")), self.model.config.to_dict()
+            other = [name for name in _ARCHITECTURE if saved.get(name) != own[name]]
+            if other:
+                listed = ", ".join(f"`{name}` {saved.get(name)!r} instead of {own[name]!r}" for name in other)
+                raise ValueError(
+                    f"{resume_from_checkpoint} holds another generator than the one to train: {listed}; train in "
+                    "another `output_dir` or build the generator from the checkpoint's configuration."
+                )
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:
@@ -421,7 +460,13 @@ class Pix2PixTrainer(Trainer):
                 f"{folder} is no checkpoint of a Pix2PixTrainer: {_DISCRIMINATOR} is missing; load its generator with "
                 "from_pretrained and start a new training."
             )
-        self.discriminator.load_state_dict(load_file(folder / _DISCRIMINATOR))
+        weights, own = load_file(folder / _DISCRIMINATOR), self.discriminator.state_dict()
+        if {name: value.shape for name, value in weights.items()} != {name: own[name].shape for name in own}:
+            raise ValueError(
+                f"{folder} holds another discriminator than the one to train; build it with the same receptive field, "
+                "width and norm, or train in another `output_dir`."
+            )
+        self.discriminator.load_state_dict(weights)
         state = torch.load(folder / _DISCRIMINATOR_STATE, map_location="cpu", weights_only=True)
         self.discriminator_optimizer.load_state_dict(state["optimizer"])
         self.discriminator_scheduler.load_state_dict(state["scheduler"])
@@ -462,12 +507,6 @@ class ImageMetrics:
 
     def __init__(self) -> None:
         self.totals: dict[str, float] = defaultdict(float)
-        try:
-            self.functions = import_module("torchmetrics.functional.image")
-        except ImportError as error:
-            raise ImportError(
-                "Measuring PSNR and SSIM needs torchmetrics; install it with: pip install 'hf-efficient[pix2pix]'"
-            ) from error
 
     def __call__(self, prediction: EvalPrediction, compute_result: bool = True) -> dict[str, float]:
         """Add a batch.
@@ -478,13 +517,22 @@ class ImageMetrics:
 
         Returns:
             `dict[str, float]`: `psnr` in decibels and `ssim`, means over the images, after the last batch.
+
+        Raises:
+            ImportError: If torchmetrics is missing.
         """
+        try:
+            functions = import_module("torchmetrics.functional.image")
+        except ImportError as error:
+            raise ImportError(
+                "Measuring PSNR and SSIM needs torchmetrics; install it with: pip install 'hf-efficient[pix2pix]'"
+            ) from error
         output, label = (torch.as_tensor(x).float() for x in (prediction.predictions, prediction.label_ids))
         output = output.clamp(-1, 1)
         self.totals["images"] += len(output)
         for name, function in (
-            ("psnr", self.functions.peak_signal_noise_ratio),
-            ("ssim", self.functions.structural_similarity_index_measure),
+            ("psnr", functions.peak_signal_noise_ratio),
+            ("ssim", functions.structural_similarity_index_measure),
         ):
             extra = {"dim": (1, 2, 3)} if name == "psnr" else {}
             self.totals[name] += function(output, label, data_range=2.0, reduction="sum", **extra).item()
