@@ -9,6 +9,7 @@ from importlib.metadata import metadata
 from pathlib import Path
 
 import pytest
+from accelerate.commands.launch import launch_command_parser
 
 from hf_efficient import cli
 
@@ -60,6 +61,10 @@ def test_command_is_accepted(command):
         if arguments:
             parsed = cli._build_parser(arguments[0], cli._load(arguments[0]))[0].parse_args(arguments)
             assert parsed.command == arguments[0]
+    elif program == "accelerate":
+        assert arguments[0] == "launch"
+        parsed = launch_command_parser().parse_args(arguments[1:])
+        assert (parsed.multi_gpu, parsed.num_processes, parsed.training_script) == (True, 4, "train.py")
     elif program == "pip":
         assert arguments[0] == "install"
         extras = {extra for words in arguments for extra in re.findall(r"\[(.+)\]", words)}
@@ -132,31 +137,55 @@ def test_gains_in_the_first_table_are_backed():
         assert re.search(rf"(?<![\d.]){re.escape(number)}(?!\d)", backed), f"{match[0]} is not backed by a measurement"
 
 
+# what stands for the checkpoints and the data that a reader has; `sys.argv`: a folder for them, then the snippets
 TOY = """
-import os, sys
+import sys
 from pathlib import Path
-import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import (CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration)
+import numpy, torch
+from PIL import Image
+from transformers import *
 torch.manual_seed(0)
-vision = CLIPVisionConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=8)
+torch.set_num_threads(1)
+toys = Path(sys.argv[1])
+small = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=8)
+vision = CLIPVisionConfig(**small)
 text = LlamaConfig(hidden_size=32, intermediate_size=32, num_hidden_layers=3, num_attention_heads=2, vocab_size=64)
 config = LlavaConfig(vision_config=vision, text_config=text, image_token_id=63, image_seq_length=16)
-LlavaForConditionalGeneration(config).save_pretrained(sys.argv[1])
+LlavaForConditionalGeneration(config).save_pretrained(toys / "llava-hf/llava-1.5-7b-hf")
+CLIPForImageClassification(CLIPConfig(vision_config=small, num_labels=2)).save_pretrained(toys / "openai/clip-vit-large-patch14-336")
+ViTForImageClassification(ViTConfig(**small)).save_pretrained(toys / "google/vit-base-patch16-224")
+resnet = ResNetConfig(embedding_size=16, hidden_sizes=[16, 32], depths=[1, 1], layer_type="basic")
+ResNetForImageClassification(resnet).save_pretrained(toys / "microsoft/resnet-50")
 row = {"input_ids": [1] + [63] * 16 + [2, 3, 4, 5, 6], "labels": [-100] * 18 + [3, 4, 5, 6]}
 train_dataset = [{**row, "pixel_values": torch.randn(3, 32, 32)} for _ in range(4)]
 def data_collator(rows):
     batch = {key: torch.tensor([item[key] for item in rows]) for key in ("input_ids", "labels")}
     return {**batch, "pixel_values": torch.stack([item["pixel_values"] for item in rows])}
-names = {"train_dataset": train_dataset, "data_collator": data_collator}
+images = [{"pixel_values": torch.randn(3, 32, 32), "labels": number % 2} for number in range(8)]
+picture = Image.fromarray(numpy.random.default_rng(0).integers(0, 256, (80, 80, 3), dtype=numpy.uint8))
+photos = [{"image": picture, "labels": picture}, {"image": picture.rotate(90), "labels": picture}]
+names = {"train_dataset": train_dataset, "data_collator": data_collator, "images": images, "photos": photos}
 for code in sys.argv[2:]:
     exec(compile(code, "README.md", "exec"), names)
 """  # noqa: E501
+TOYS = (
+    "llava-hf/llava-1.5-7b-hf",
+    "openai/clip-vit-large-patch14-336",
+    "google/vit-base-patch16-224",
+    "microsoft/resnet-50",
+)
+
+
+def test_the_reader_is_told_what_is_not_defined():
+    """Names a snippet uses and none defines are the reader's own, and the text around says what they are."""
+    known = {"train_dataset", "data_collator", "images", "photos"}
+    for name in known:
+        assert re.search(rf"`{name}`", TEXT), f"README does not say what {name} is"
 
 
 @pytest.mark.slow
 def test_snippets_run_in_order(tmp_path):
-    """As in a notebook; `train_dataset` and `data_collator` are the reader's own, the 7B model is a toy."""
+    """As in a notebook; data sets and collator are the reader's own, checkpoints of the Hub are toys."""
     import os
     import subprocess
 
@@ -164,12 +193,17 @@ def test_snippets_run_in_order(tmp_path):
     missing = [name for name in used if not (REPOSITORY / name).is_dir()]
     codes = [code for code in SNIPPETS if not any(name in code for name in missing)]
     assert len(codes) >= 3
-    toy = tmp_path / "toy"
-    codes = [code.replace("llava-hf/llava-1.5-7b-hf", str(toy)) for code in codes]
+    for name in TOYS:
+        codes = [code.replace(f'"{name}"', f'"{tmp_path}/toys/{name}"') for code in codes]
     codes = [code.replace("model_cards/", f"{REPOSITORY}/model_cards/") for code in codes]
     env = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HOME": str(tmp_path / "home")}
     done = subprocess.run(
-        [sys.executable, "-c", TOY, toy, *codes], capture_output=True, text=True, cwd=tmp_path, env=env, timeout=600
+        [sys.executable, "-c", TOY, tmp_path / "toys", *codes],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=env,
+        timeout=600,
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     if missing:
