@@ -139,8 +139,8 @@ def tables(summaries: dict[str, dict], scenes: int, kv_scenes: int) -> list[dict
 
 
 @torch.no_grad()
-def draw(model, processor, folder: Path) -> tuple[str, str]:
-    """Save the sample scene and the picture of what is kept; return question and answer."""
+def draw(model, processor, folder: Path) -> tuple[str, str, str]:
+    """Save the sample scene and the picture of what is kept; return question, true description and answer."""
     scene = make_scene(HELD_OUT_SEED)
     inputs = processor.apply_chat_template(
         [conversation(scene.prompt, scene.image)],
@@ -154,7 +154,7 @@ def draw(model, processor, folder: Path) -> tuple[str, str]:
     scene.image.save(folder / "sample.png")
     zoomed = scene.image.resize((512, 512), Image.Resampling.NEAREST)
     plot_kept_tokens(zoomed, model.last_sparsity, words, title=scene.prompt).savefig(folder / "kept_tokens.png")
-    return scene.prompt, " ".join(words)
+    return scene.prompt, scene.description, " ".join(words)
 
 
 def write_checkpoint(
@@ -208,8 +208,8 @@ def write_checkpoint(
     folder.parent.mkdir(parents=True, exist_ok=True)
     building = Path(tempfile.mkdtemp(prefix=f".{folder.name}_", dir=folder.parent))
     try:
-        question, answer = draw(model, processor, building)
-        results["sample"] = {"file": "sample.png", "text": question}
+        question, truth, answer = draw(model, processor, building)
+        results["sample"] = {"file": "sample.png", "text": question, "truth": truth}
         results["details"]["sample_answer"] = answer
         model.half().save_pretrained(building)
         processor.save_pretrained(building)

@@ -60,6 +60,8 @@ class Quickstart:
         os.environ["HF_HUB_OFFLINE"] = "1"  # for child processes; this one never asks the Hub
         checkpoints = find_checkpoints()
         output = Path(arguments.output)
+        if output.is_file():
+            raise ValueError(f"--output {output} is a file; name a folder.")
         output.mkdir(parents=True, exist_ok=True)
         report: dict[str, Any] = {"meta": run_meta("hf-efficient quickstart"), "parts": {}}
         start = time.perf_counter()

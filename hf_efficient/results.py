@@ -23,7 +23,7 @@ rendered from that file alone, never typed. Fields (`*` = required):
 | `runs` * | list of dict | every run; its numbers and words become a table, nested values stay in the file |
 | `seeds` * | list of int | seeds used |
 | `limits` * | list of str | what it cannot do or was not tested for (Markdown, one or two sentences each) |
-| `sample` | dict | `{"file", "text"}`: an input picture in the folder and the prompt that goes with it |
+| `sample` | dict | `{"file", "text", "truth"}`: a picture in the folder and its prompt; optional: the true answer |
 | `details` | dict | anything else worth keeping; not rendered |
 | `meta` * | dict | block of `run_meta`: `command, commit, date, cpu, threads, versions`, optional `gpu` |
 
@@ -89,7 +89,7 @@ _KEYS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "tables": (("title", "columns", "rows"), ("note",)),
     "pictures": (("file", "caption"), ()),
     "metrics": (("dataset", "split", "type", "name", "value"), ()),
-    "sample": (("file", "text"), ()),
+    "sample": (("file", "text"), ("truth",)),
     "meta": (("command", "commit", "date", "cpu", "threads", "versions"), ("gpu",)),
 }
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")

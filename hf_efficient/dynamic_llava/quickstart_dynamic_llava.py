@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import evaluate
 import torch
 from PIL import Image
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -51,18 +52,20 @@ def run(checkpoints: Path, output: Path) -> dict[str, Any]:
     scene = compare_answers(scene_model, scene_processor, scene_image, sample["text"], 160)
     pictures = _draw(output, answers[0], scene)
 
+    scene["truth"], facts = sample.get("truth", ""), _count_facts(scene, sample.get("truth", ""))
     items = [*answers, scene]
     rows = [_row(item) for item in items]
     right = {mode: sum(item[mode]["answer"] == item["truth"] for item in answers) for mode in ("dense", "sparse")}
     return {
         "table": {
-            "title": "each cell dense / sparse",
+            "title": "ten questions and one scene; pairs are dense / sparse",
             "columns": list(rows[0]),
             "rows": [list(r.values()) for r in rows],
         },
         "summary": [
             [f"right answers of {len(answers)}", right["dense"], right["sparse"]],
             *_medians("question", answers),
+            *facts,
             *_medians("scene", [scene]),
         ],
         "pictures": pictures,
@@ -72,6 +75,7 @@ def run(checkpoints: Path, output: Path) -> dict[str, Any]:
             "At a million parameters the overhead outweighs what is saved: compare FLOPs and bytes, not ms.",
             "Tokens are those the sparse layers hold after the answer; milliseconds and FLOPs count the whole prefill "
             "and the vision tower.",
+            *([f"Scene, truth:  {scene['truth']}"] if scene["truth"] else []),
             f"Scene, dense:  {scene['dense']['answer']}",
             f"Scene, sparse: {scene['sparse']['answer']}",
         ],
@@ -93,6 +97,17 @@ def _pick_questions() -> list[tuple[str, str, str]]:
     for i in range(0, len(texts), 97):
         picked.setdefault(answers[i], (texts[i], answers[i], paths[images[i]]))
     return list(picked.values())[:QUESTIONS]
+
+
+def _count_facts(scene: dict[str, Any], truth: str) -> list[list[Any]]:
+    """Row of the summary: places, colours and shapes of the scene that both descriptions get right."""
+    if not truth:
+        return []
+    metric = evaluate.load(str(Path(__file__).resolve().parent.parent / "metrics" / "facts"), keep_in_memory=True)
+    answers = [scene[mode]["answer"] for mode in ("dense", "sparse")]
+    found = metric.compute(predictions=answers, references=[truth] * len(answers))["per_description"]
+    right = [row["place"] + row["colour"] + row["shape"] for row in found]
+    return [[f"scene, facts right of {3 * found[0]['objects']}", *right]]
 
 
 def _read_sample(folder: Path) -> dict[str, str]:
@@ -233,21 +248,26 @@ def _row(item: dict[str, Any]) -> dict[str, str]:
         return f"{dense[key] * scale:.{digits}f} / {sparse[key] * scale:.{digits}f}"
 
     return {
-        "question": item["text"][:40],
-        "truth": item.get("truth", "(below)"),
-        "answer": f"{dense['answer'][:10]} / {sparse['answer'][:10]}",
+        "question": _shorten(item["text"], 40),
+        "truth": _shorten(item["truth"], 12),
+        "answer": f"{_shorten(dense['answer'], 12)} / {_shorten(sparse['answer'], 12)}",
         "image tokens": pair("image_tokens"),
-        "text": pair("text_tokens"),
+        "words in cache": pair("text_tokens"),
         "prefill ms": pair("prefill_ms", digits=1),
         "KV kB": pair("kv_bytes", 1e-3),
         "MFLOPs": pair("prefill_flops", 1e-6),
     }
 
 
+def _shorten(text: str, width: int) -> str:
+    """Cut a text that is too long for its column, and show that it was cut."""
+    return text if len(text) <= width else text[: width - 3].rstrip() + "..."
+
+
 def _medians(name: str, items: list[dict[str, Any]]) -> list[list[Any]]:
     words = {
         "image_tokens": ("image tokens", 1),
-        "text_tokens": ("text tokens in the cache", 1),
+        "text_tokens": ("words in the cache", 1),
         "prefill_ms": ("prefill ms", 1),
         "kv_bytes": ("KV kB", 1e-3),
         "prefill_flops": ("prefill MFLOPs", 1e-6),

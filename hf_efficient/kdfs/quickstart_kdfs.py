@@ -1,7 +1,9 @@
 """The part of KDFS in `hf-efficient quickstart`: a small CNN learns handwritten digits and is pruned by half."""
 
+import io
 import json
 import tempfile
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +42,7 @@ def run(checkpoints: Path, output: Path) -> dict[str, Any]:
     names = dict(enumerate("0123456789"))
     config = CifarResNetConfig(depth=8, hidden_sizes=[16, 32, 64], image_size=SIZE, id2label=names)
     model = CifarResNetForImageClassification(config)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, redirect_stdout(io.StringIO()):  # the Trainer prints its logs
         Trainer(model=model, args=_arguments(folder, DENSE_EPOCHS), train_dataset=train).train()
         pruner = KDFSPruner.from_pretrained(model)
         settings = KDFSConfig(target_flops_reduction=REDUCTION, round_to=8, kd_weight=1.0, mask_learning_rate=5e-2)

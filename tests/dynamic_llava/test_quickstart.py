@@ -18,7 +18,8 @@ def checkpoints(make_sparse, word_processor, tmp_path):
         make_sparse().half().save_pretrained(folder / name)
         word_processor.save_pretrained(folder / name)
         Image.new("RGB", (16, 16), "teal").save(folder / name / "sample.png")
-        results = {"sample": {"file": "sample.png", "text": "w5 w6 w7"}}
+        truth = "on the field a1 there is a small red ring . on the field b2 there is a large blue cross ."
+        results = {"sample": {"file": "sample.png", "text": "w5 w6 w7", "truth": truth}}
         (folder / name / "results.json").write_text(json.dumps(results))
     return folder
 
@@ -47,6 +48,8 @@ def test_part(checkpoints, tmp_path, monkeypatch):
         assert dense["prefill_ms"] > 0
         assert sparse["prefill_ms"] > 0
     scene = items[-1]
+    assert ["scene, facts right of 6", 0, 0] in result["summary"], "an untrained model says nothing of the truth"
+    assert any(note.startswith("Scene, truth:  on the field a1") for note in result["notes"])
     assert scene["dense"]["text_tokens"] > scene["sparse"]["text_tokens"] > 0
     assert scene["sparse"]["kv_bytes"] < scene["dense"]["kv_bytes"]
     assert {picture["file"] for picture in result["pictures"]} == {path.name for path in output.iterdir()}
@@ -76,6 +79,18 @@ def test_answers_are_those_of_the_model(checkpoints, word_processor):
     fresh.config.use_vision_predictor = fresh.config.use_output_text_predictor = False
     assert item["dense"]["answer"] == answer()
     assert item["dense"]["answer"] != item["sparse"]["answer"]
+
+
+def test_facts_of_the_scene_are_counted_for_both():
+    truth = "on the field a1 there is a small red ring . on the field b2 there is a large blue cross ."
+    scene = {"dense": {"answer": truth}, "sparse": {"answer": truth.replace("red", "green")}}
+    assert part._count_facts(scene, truth) == [["scene, facts right of 6", 6, 5]]
+    assert part._count_facts(scene, "") == []
+
+
+def test_long_words_show_that_they_were_cut():
+    assert part._shorten("rectangle", 12) == "rectangle"
+    assert part._shorten("does the image contain a circle?", 12) == "does the..."
 
 
 def test_missing_checkpoint_and_data_are_named(tmp_path, monkeypatch):
