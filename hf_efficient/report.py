@@ -399,7 +399,9 @@ def judge(phases: list[Phase], parameters: dict[str, int]) -> tuple[str, tuple[s
             getattr(phase.model, field) / getattr(phase.baseline, field)
             for phase in compared
             # resident memory of a process is too rough for a verdict
-            if getattr(phase.baseline, field) and (name == "cache bytes" or "cpu" not in phase.clocks)
+            if getattr(phase.baseline, field)
+            and getattr(phase.model, field) is not None
+            and (name == "cache bytes" or "cpu" not in phase.clocks)
         ]
         if ratios:
             sizes[name] = max(ratios)

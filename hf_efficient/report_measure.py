@@ -218,11 +218,24 @@ def measure(works: dict[str, Work], rounds: int, device: torch.device, title: st
 
 def read_clocks(run: Callable[[], Any], device: torch.device) -> tuple[float, float]:
     """Wall and process CPU seconds of a call; the accelerator has finished before either clock is read."""
-    _synchronize(device)
-    wall, cpu = time.perf_counter(), time.process_time()
-    run()
-    _synchronize(device)
-    return time.perf_counter() - wall, time.process_time() - cpu
+    with _no_collection():
+        _synchronize(device)
+        wall, cpu = time.perf_counter(), time.process_time()
+        run()
+        _synchronize(device)
+        return time.perf_counter() - wall, time.process_time() - cpu
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Keep the garbage collector out: it takes time when it likes, and frees what others left."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 def _synchronize(device: torch.device) -> None:
@@ -281,17 +294,17 @@ def peak_bytes(run: Callable[[], Any], device: torch.device) -> int | None:
     memory of the process (VmHWM of Linux, reset before) less the resident memory before, after free memory went back
     to the system; exact to some pages, and None where the system cannot tell.
     """
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
+    with _no_collection():
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+            torch.cuda.reset_peak_memory_stats(device)
+            before = torch.cuda.memory_allocated(device)
+            run()
+            torch.cuda.synchronize(device)
+            return torch.cuda.max_memory_allocated(device) - before
+        before = _reset_resident_peak() if device.type == "cpu" else None
         run()
-        torch.cuda.synchronize(device)
-        return torch.cuda.max_memory_allocated(device) - before
-    before = _reset_resident_peak() if device.type == "cpu" else None
-    run()
-    return None if before is None else max(_resident_peak() - before, 0)
+        return None if before is None else max(_resident_peak() - before, 0)
 
 
 def _reset_resident_peak() -> int | None:
