@@ -143,7 +143,10 @@ import sys
 from pathlib import Path
 import numpy, torch
 from PIL import Image
-from transformers import *
+from transformers import (
+    CLIPConfig, CLIPForImageClassification, CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration,
+    ResNetConfig, ResNetForImageClassification, ViTConfig, ViTForImageClassification,
+)
 torch.manual_seed(0)
 torch.set_num_threads(1)
 toys = Path(sys.argv[1])
