@@ -1,27 +1,39 @@
 """Prune CIFAR-10 ResNets with KDFS beside Torch-Pruning, random masks and the network trained on as it is.
 
     python examples/kdfs_prune_cifar.py --data cifar10 --weights cifar10_resnet --arm kdfs --seed 0
-    python examples/kdfs_prune_cifar.py --data cifar10 --weights cifar10_resnet --final --worker 1/2
+    python examples/kdfs_prune_cifar.py --data cifar10 --weights cifar10_resnet --final --results examples/results/kdfs_cifar10
+    python examples/kdfs_prune_cifar.py --data cifar10 --weights cifar10_resnet --final --results ... --status
     python examples/kdfs_prune_cifar.py --smoke
 
 DATA holds train.parquet and test.parquet (columns `image`, `label`), WEIGHTS the trained networks
 `resnet20_jpeg.safetensors` (87.9 % on the test images) and `resnet56_jpeg.safetensors` (89.1 %) in the layout of
-pytorch_resnet_cifar10. Every run has 20 epochs in all (ResNet-56: 10), about one hour on one core each; start one
-process per core with OMP_NUM_THREADS=1 and `--worker I/N`. Without `--final` a run trains on the first 45,000 rows
-and is judged on the last 5,000 (which the given weights have seen: good for choosing recipes, not for quoting). With
-it, it trains on all rows and is judged on the 10,000 test images. Runs go on from their last checkpoint, finished
-ones are not repeated, and `results.json` in OUTPUT is written anew after every run.
+pytorch_resnet_cifar10. Every run has 20 epochs in all (ResNet-56: 10) and takes two to four hours on one core; all of
+them are about 45 core-hours, which `--estimate` measures on the machine at hand in a few minutes. Start the same
+command once per core: a process takes the next run that no other one has. Without `--final` a run trains on the first
+45,000 rows and is judged on the last 5,000 (which the given weights have seen: good for choosing recipes, not for
+quoting). With it, it trains on all rows and is judged on the 10,000 test images.
+
+A run that was cut off goes on from its last checkpoint in OUTPUT (one per epoch). A finished one is a file of a few kB
+in RESULTS, with the weights that other runs and the card need; that folder can be moved to another machine, and what
+it holds is not repeated. `--status` lists what is done, half done and missing, with core-hours.
 Expected with `--final`: ResNet-20 at -50 % within 1.0 point of the dense network trained for the same epochs.
-"""
+"""  # noqa: E501 - commands to copy
 
 import argparse
+import faulthandler
 import json
+import signal
+import sys
 import tempfile
 from pathlib import Path
 
-from kdfs_prune_cifar_arms import ARMS, load_teacher, run_arm
+import torch
+from kdfs_prune_cifar_arms import ARMS, run_arm
 from kdfs_prune_cifar_card import summarise, write_checkpoint
 from kdfs_prune_cifar_data import load_data
+from kdfs_prune_cifar_estimate import estimate
+from kdfs_prune_cifar_networks import load_teacher
+from kdfs_prune_cifar_runs import Results, check_recipe, claim, recipe, show_status
 from transformers.utils import logging
 
 from hf_efficient.results import run_meta, write_whole
@@ -32,9 +44,11 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, help="folder with train.parquet and test.parquet")
     parser.add_argument("--weights", type=Path, help="folder with resnet20_jpeg.safetensors and resnet56_jpeg")
     parser.add_argument("--output", type=Path, default=Path("runs/kdfs_cifar"), help="default: runs/kdfs_cifar")
+    parser.add_argument("--results", type=Path, help="folder to keep finished runs in (default: results in OUTPUT)")
+    parser.add_argument("--status", action="store_true", help="list done, half done and missing runs, and end")
+    parser.add_argument("--estimate", action="store_true", help="measure steps, print core-hours per arm, and end")
     parser.add_argument("--arm", choices=list(ARMS), nargs="+", help="default: all")
     parser.add_argument("--seed", type=int, nargs="+", help="default: as many as the arm has, from 0")
-    parser.add_argument("--worker", default="1/1", metavar="I/N", help="do every N-th run, starting at the I-th")
     parser.add_argument("--final", action="store_true", help="train on all rows, judge on the test images")
     parser.add_argument("--card", type=Path, metavar="DIR", help="write the pruned checkpoint with its card there")
     parser.add_argument("--smoke", action="store_true", help="toy data and a toy network, under a minute")
@@ -48,67 +62,95 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--importance-spread", type=float, default=1.0)
     parser.add_argument("--reconstruction-weight", type=float, default=1000.0)
     parser.add_argument("--flops-weight", type=float, default=10000.0)
+    parser.add_argument("--kd-weight", type=float, default=1.0)
+    parser.add_argument("--kd-temperature", type=float, default=3.0)
+    parser.add_argument("--threads", type=int, default=1, help="of torch (default: 1; more are slower at this size)")
     parser.add_argument("--gpu", action="store_true", help="use a GPU where there is one")
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
     options = parser.parse_args()
-    if not options.smoke and (options.data is None or options.weights is None):
+    needed = not (options.smoke or options.status)
+    if needed and (options.weights is None or (options.data is None and not options.estimate)):
         parser.error("--data and --weights are needed (or --smoke)")
     options.cpu = not options.gpu
     return options
 
 
 def plan(options: argparse.Namespace) -> list[tuple[str, int]]:
-    """(arm, seed) of this process; a network from scratch comes after the run whose shape it takes."""
+    """(arm, seed) in order; a network from scratch comes after the run whose shape it takes."""
     runs = [
         (name, seed)
         for name in options.arm or ARMS
         for seed in (range(ARMS[name].seeds) if options.seed is None else options.seed)
     ]
-    first, count = (int(part) for part in options.worker.split("/"))
-    runs.sort(key=lambda run: (ARMS[run[0]].kind == "scratch", run[1] if ARMS[run[0]].depth == 20 else 0))
-    return runs[first - 1 :: count]
+    return sorted(runs, key=lambda run: (ARMS[run[0]].depth, ARMS[run[0]].kind == "scratch" or run[1]))
 
 
-def collect(output: Path, meta: dict, final: bool) -> dict:
+def collect(results: Results, meta: dict, final: bool) -> dict:
     """`results.json` of all finished runs, also those of other processes."""
-    runs = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(output.glob("*/result.json"))]
+    runs = results.all()
     judged = "10,000 test images" if final else "last 5,000 training rows"
-    results = {"judged_on": judged, "summary": summarise(runs), "runs": runs, "meta": meta}
-    write_whole(output / "results.json", json.dumps(results, indent=2) + "\n")
-    return results
+    document = {"judged_on": judged, "summary": summarise(runs), "runs": runs, "meta": meta}
+    write_whole(results.folder / "results.json", json.dumps(document, indent=1) + "\n")
+    return document
+
+
+def work(options: argparse.Namespace, output: Path, results: Results) -> int:
+    """Do every run that is neither done nor in the hands of another process; how many are left undone."""
+    train, held_out = load_data(options.data, options.final, options.smoke)
+    left = 0
+    for name, seed in plan(options):
+        arm, folder = ARMS[name], output / f"{name}-{seed}"
+        with claim(folder) as mine:
+            done = results.load(name, seed)
+            if done is not None:
+                check_recipe(done, recipe(options, arm.depth), results.folder)
+                continue
+            if not mine or (arm.kind == "scratch" and results.load("kdfs", seed) is None):
+                print(f"{name} seed {seed}: " + ("needs kdfs first" if mine else "another process is at it"))
+                left += 1
+                continue
+            teacher = load_teacher(options.weights, arm.depth, options.smoke)
+            result = run_arm(name, seed, teacher, train, held_out, folder, results, options)
+        print(
+            f"{name} seed {seed}: accuracy {result['accuracy']:.4f}, "
+            f"{result['flops_reduction']:.1%} fewer multiply-adds, {result['core_hours']:.2f} core-hours",
+            flush=True,
+        )
+        collect(results, options.meta, options.final)
+    return left
 
 
 def main() -> None:
+    faulthandler.enable()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended from outside (SIGTERM); started again, it goes on"))
     options = parse()
+    torch.set_num_threads(options.threads)
     if options.smoke:
         options.output = Path(tempfile.mkdtemp(prefix="kdfs_cifar_"))
         options.batch_size, options.epochs, options.final = 32, 1.0, True
         options.arm = options.arm or ["dense", "kdfs", "torch_pruning_kd", "random", "scratch", "kdfs_no_kd"]
         options.seed = [0]
-    meta = run_meta()
+    mode = "final" if options.final else "chosen"
+    output, results = options.output / mode, Results((options.results or options.output / "results") / mode)
     logging.set_verbosity_warning()
-    output = options.output / ("final" if options.final else "chosen")
-    train, held_out = load_data(options.data, options.final, options.smoke)
-    chosen_epochs = options.epochs
-    for name, seed in plan(options):
-        depth = ARMS[name].depth
-        options.epochs = chosen_epochs or (20.0 if depth == 20 else 10.0)
-        teacher = load_teacher(options.weights, depth, options.smoke)
-        result = run_arm(name, seed, teacher, train, held_out, output, options)
-        print(
-            f"{name} seed {seed}: accuracy {result['accuracy']:.4f}, "
-            f"{result['flops_reduction']:.1%} fewer multiply-adds, {result['seconds']:.0f} s",
-            flush=True,
-        )
-        results = collect(output, meta, options.final)
-    results = collect(output, meta, options.final)
-    for row in results["summary"]:
+    if options.estimate:
+        estimate(options)
+        return
+    if options.status:
+        show_status(plan(options), ARMS, results, output)
+        return
+    options.meta = run_meta()
+    left = work(options, output, results)
+    document = collect(results, options.meta, options.final)
+    for row in document["summary"]:
         print("{title}: {accuracy:.4f} (spread {spread:.4f}, {seeds} seeds), {macs:,} multiply-adds".format(**row))
     if options.smoke:
         options.card = options.card or options.output / "card" / "resnet20-kdfs-cifar10"
-    if options.card:
-        teacher = load_teacher(options.weights, 20, options.smoke)
-        print("wrote", write_checkpoint(options.card, output / "kdfs-0" / "model", teacher, results))
+        show_status(plan(options), ARMS, results, output)
+    if options.card and left:
+        print(f"no card: {left} runs are left")
+    elif options.card:
+        print("wrote", write_checkpoint(options.card, results.weights("kdfs", 0), document))
 
 
 if __name__ == "__main__":

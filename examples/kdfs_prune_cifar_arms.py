@@ -2,34 +2,20 @@
 
 import copy
 import json
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from kdfs_prune_cifar_data import LABELS, Images, accuracy, collate
+from kdfs_prune_cifar_data import Images, accuracy, collate
+from kdfs_prune_cifar_networks import SHAPE, folded, fresh_network, random_network, taylor_network
+from kdfs_prune_cifar_runs import CpuClock, Results, begin_run, recipe
 from transformers import TrainingArguments, set_seed
-from transformers.trainer_utils import get_last_checkpoint
 
-from hf_efficient import (
-    CifarResNetConfig,
-    CifarResNetForImageClassification,
-    KDFSConfig,
-    KDFSPrunedModelForImageClassification,
-    KDFSPruner,
-    count_flops,
-)
-from hf_efficient.kdfs.masking_kdfs import KDFSMaskedModel
-from hf_efficient.kdfs.pruner_kdfs import measure_latency
-from hf_efficient.kdfs.slicing_kdfs import slice_network
-from hf_efficient.kdfs.structure_kdfs import read_structure
+from hf_efficient import KDFSConfig, KDFSPrunedModelForImageClassification, KDFSPruner, count_flops
+from hf_efficient.kdfs.pruner_kdfs import last_whole_checkpoint, measure_latency
 from hf_efficient.kdfs.trainer_kdfs import DistillationTrainer
 from hf_efficient.results import write_whole
-
-
-SHAPE = (3, 32, 32)
-KD = {"kd_weight": 1.0, "kd_temperature": 3.0}
 
 
 @dataclass
@@ -70,20 +56,11 @@ ARMS = {
 }
 
 
-def load_teacher(weights: Path | None, depth: int, smoke: bool) -> CifarResNetForImageClassification:
-    """The trained network, or a small fresh one for smoke runs."""
-    if smoke:
-        set_seed(0)
-        return CifarResNetForImageClassification(CifarResNetConfig(depth=8, hidden_sizes=[8, 8, 16], num_labels=4))
-    names = dict(enumerate(LABELS))
-    return CifarResNetForImageClassification.from_original(weights / f"resnet{depth}_jpeg.safetensors", id2label=names)
-
-
-def arguments(folder: Path, options: Any, seed: int) -> TrainingArguments:
+def arguments(folder: Path, options: Any, depth: int, seed: int) -> TrainingArguments:
     """The same for every arm: what differs is the network, not the schedule."""
     return TrainingArguments(
         output_dir=str(folder / "training"),
-        num_train_epochs=options.epochs,
+        num_train_epochs=recipe(options, depth)["epochs"],
         per_device_train_batch_size=options.batch_size,
         learning_rate=options.learning_rate,
         weight_decay=options.weight_decay,
@@ -113,7 +90,8 @@ def kdfs_config(arm: Arm, options: Any) -> KDFSConfig:
         "initial_importance_spread": options.importance_spread,
         "reconstruction_weight": options.reconstruction_weight,
         "flops_weight": options.flops_weight,
-        **KD,
+        "kd_weight": options.kd_weight,
+        "kd_temperature": options.kd_temperature,
         **arm.settings,
     }
     if not arm.distil:
@@ -121,99 +99,71 @@ def kdfs_config(arm: Arm, options: Any) -> KDFSConfig:
     return KDFSConfig(**settings)
 
 
-def run_kdfs(arm: Arm, teacher, train: Images, folder: Path, options: Any, seed: int) -> tuple[Any, dict]:
-    """The whole pass; it resumes by itself."""
-    pruner = KDFSPruner.from_pretrained(teacher)
-    args = arguments(folder, options, seed)
-    pruner.prune(folder / "model", kdfs_config(arm, options), train, args=args, data_collator=collate)
-    return pruner.pruned_model, {"log": pruner.history, "layers": pruner.report["layers"]}
+def run_kdfs(arm: Arm, teacher, train: Images, folder: Path, options: Any, seed: int, clock: CpuClock) -> tuple:
+    """The whole pass; it resumes by itself. The note after it spares the pass when only measuring was cut off."""
+    note = folder / "trained.json"
+    if note.is_file():
+        model = KDFSPrunedModelForImageClassification.from_pretrained(folder / "model")
+        return model, json.loads(note.read_text(encoding="utf-8"))
+    pruner = KDFSPruner.from_pretrained(teacher, teacher=folded(teacher))
+    args = arguments(folder, options, arm.depth, seed)
+    config = kdfs_config(arm, options)
+    pruner.prune(folder / "model", config, train, args=args, data_collator=collate, callbacks=[clock])
+    extra = {"log": pruner.history, "layers": pruner.report["layers"]}
+    write_whole(note, json.dumps(extra) + "\n")
+    return pruner.pruned_model, extra
 
 
-def fit(model, teacher, train: Images, folder: Path, options: Any, seed: int, distil: bool) -> list[dict]:
-    """Train a network as it is, with or without the teacher; goes on from its last checkpoint."""
-    weight = KD["kd_weight"] if distil else 0.0
+def fit(arm: Arm, model, teacher, train: Images, folder: Path, options: Any, seed: int, clock: CpuClock) -> list[dict]:
+    """Train a network as it is, with or without the teacher; goes on from its last whole checkpoint."""
     trainer = DistillationTrainer(
         model=model,
-        args=arguments(folder, options, seed),
+        args=arguments(folder, options, arm.depth, seed),
         train_dataset=train,
         data_collator=collate,
-        teacher=copy.deepcopy(teacher) if distil else None,
-        kd_weight=weight,
-        kd_temperature=KD["kd_temperature"],
+        teacher=folded(teacher) if arm.distil else None,
+        kd_weight=options.kd_weight if arm.distil else 0.0,
+        kd_temperature=options.kd_temperature,
+        callbacks=[clock],
     )
-    before = folder / "training"
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(before)) if before.is_dir() else None)
+    trainer.train(resume_from_checkpoint=last_whole_checkpoint(folder / "training"))
     return trainer.state.log_history
 
 
-def random_network(arm: Arm, teacher, seed: int) -> KDFSPrunedModelForImageClassification:
-    """The teacher without filters drawn at random, at the same cost."""
-    structure = read_structure(teacher, SHAPE)
-    config = KDFSConfig(target_flops_reduction=arm.reduction, initial_keep_margin=0.0, initial_importance_spread=0.0)
-    masked = KDFSMaskedModel(copy.deepcopy(teacher), structure, config)
-    generator = torch.Generator().manual_seed(1000 + seed)
-    with torch.no_grad():
-        for logits in masked.mask_logits:
-            logits.copy_(torch.randn(logits.shape, generator=generator))
-    masked.freeze_masks()
-    return slice_network(masked, teacher)
+def start_network(arm: Arm, teacher, train: Images, seed: int, results: Results) -> torch.nn.Module:
+    """What an arm other than KDFS starts from."""
+    if arm.kind == "random":
+        return random_network(teacher, arm.reduction, seed)
+    if arm.kind == "torch_pruning":
+        return taylor_network(teacher, arm.reduction, train)
+    return fresh_network(results.weights("kdfs", seed)) if arm.kind == "scratch" else copy.deepcopy(teacher)
 
 
-def taylor_network(arm: Arm, teacher, train: Images) -> Any:
-    """Torch-Pruning, global Taylor importance, steps until the multiply-adds are met.
-
-    It prunes coupled channels together, and the parameter-free shortcuts couple whole stages through zero padding,
-    which it cannot follow. So it prunes what is free there: the first convolution of every block.
-    """
-    import torch_pruning as tp
-
-    model = copy.deepcopy(teacher).train().requires_grad_(True)
-    batch = train.__getitems__(list(range(min(512, len(train)))))
-    model(batch["pixel_values"], labels=batch["labels"]).loss.backward()
-    inner = {module.conv1 for name, module in model.named_modules() if hasattr(module, "conv2")}
-    whole = [layer for layer in model.modules() if isinstance(layer, (torch.nn.Conv2d, torch.nn.Linear))]
-    pruner = tp.pruner.BasePruner(
-        model.eval(),
-        torch.zeros(1, *SHAPE),
-        importance=tp.importance.GroupTaylorImportance(),
-        global_pruning=True,
-        pruning_ratio=0.95,
-        max_pruning_ratio=0.9,
-        iterative_steps=400,
-        ignored_layers=[layer for layer in whole if layer not in inner],
-        output_transform=lambda output: output.logits.sum(),
-    )
-    goal = (1 - arm.reduction) * count_flops(teacher, SHAPE)
-    while count_flops(model, SHAPE) > goal and pruner.current_step < 400:
-        pruner.step()
-    model.zero_grad(set_to_none=True)
-    return model
+def short(log: list[dict]) -> list[dict]:
+    """What is kept of a Trainer's log: four digits of the losses of every epoch."""
+    kept = [entry for entry in log if "loss" in entry]
+    return [
+        {key: float(f"{value:.4g}") if isinstance(value, float) else value for key, value in entry.items()}
+        for entry in kept
+    ]
 
 
-def run_arm(name: str, seed: int, teacher, train: Images, held_out: Images, output: Path, options: Any) -> dict:
-    """One run: train, evaluate, measure, write `result.json`; a finished run is not repeated."""
-    arm, folder = ARMS[name], output / f"{name}-{seed}"
-    file = folder / "result.json"
-    if file.is_file():
-        return json.loads(file.read_text(encoding="utf-8"))
-    folder.mkdir(parents=True, exist_ok=True)
+def run_arm(
+    name: str, seed: int, teacher, train: Images, held_out: Images, folder: Path, results: Results, options: Any
+) -> dict:
+    """One run: train, evaluate, measure, keep its result."""
+    arm = ARMS[name]
+    begin_run(folder, name, seed, recipe(options, arm.depth))
     set_seed(seed)
-    start = time.time()
+    clock = CpuClock(folder / "cpu_seconds.json")
     extra: dict[str, Any] = {}
     if arm.kind == "kdfs":
-        model, extra = run_kdfs(arm, teacher, train, folder, options, seed)
+        model, extra = run_kdfs(arm, teacher, train, folder, options, seed, clock)
     else:
-        if arm.kind == "dense":
-            model = copy.deepcopy(teacher)
-        elif arm.kind == "random":
-            model = random_network(arm, teacher, seed)
-        elif arm.kind == "scratch":
-            config = KDFSPrunedModelForImageClassification.from_pretrained(output / f"kdfs-{seed}" / "model").config
-            model = KDFSPrunedModelForImageClassification(config)
-            copy_indices(output / f"kdfs-{seed}" / "model", model)
-        else:
-            model = taylor_network(arm, teacher, train)
-        extra["log"] = fit(model, teacher, train, folder, options, seed, arm.distil)
+        model = start_network(arm, teacher, train, seed, results)
+        extra["log"] = fit(arm, model, teacher, train, folder, options, seed, clock)
+    extra["log"] = short(extra["log"])
+    print(f"{name} seed {seed}: trained; measuring latency and accuracy", flush=True)
     dense, macs = count_flops(teacher, SHAPE), count_flops(model, SHAPE)
     latency = {
         str(batch): measure_latency({"dense": teacher, "sliced": model}, SHAPE, batch_size=batch) for batch in (1, 64)
@@ -222,7 +172,7 @@ def run_arm(name: str, seed: int, teacher, train: Images, held_out: Images, outp
         "arm": name,
         "title": arm.title,
         "seed": seed,
-        "epochs": options.epochs,
+        "epochs": recipe(options, arm.depth)["epochs"],
         "accuracy": accuracy(model, held_out),
         "teacher_accuracy": accuracy(teacher, held_out),
         "images": len(held_out),
@@ -231,20 +181,10 @@ def run_arm(name: str, seed: int, teacher, train: Images, held_out: Images, outp
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "latency_seconds": latency,
         "threads": torch.get_num_threads(),
-        "seconds": time.time() - start,
+        "recipe": recipe(options, arm.depth),
+        "meta": options.meta,
+        "core_hours": clock.seconds() / 3600,
         **extra,
     }
-    write_whole(file, json.dumps(result, indent=2) + "\n")
+    results.save(result, folder / "model" if (name, seed) == ("kdfs", 0) else None)
     return result
-
-
-def copy_indices(folder: Path, model: torch.nn.Module) -> None:
-    """A fresh network of the same shape needs the same places for its filters."""
-    trained = KDFSPrunedModelForImageClassification.from_pretrained(folder).state_dict()
-    own = model.state_dict()
-    for key, value in trained.items():
-        if key.endswith("filter_index"):
-            own[key].copy_(value)
-    for module in model.modules():
-        if hasattr(module, "reset_parameters"):
-            module.reset_parameters()

@@ -5,7 +5,6 @@ import statistics
 import tempfile
 from pathlib import Path
 
-import torch
 from kdfs_prune_cifar_arms import ARMS
 from kdfs_prune_cifar_data import MEAN, STD
 from transformers import ViTImageProcessor
@@ -107,8 +106,8 @@ def tables(summary: list[dict], images: int, judged_on: str) -> list[dict]:
     ]
 
 
-def write_checkpoint(folder: Path, source: Path, teacher: torch.nn.Module, results: dict) -> Path:
-    """Weights in fp16, image processor, picture of the widths, `results.json` and card; whole or not at all."""
+def write_checkpoint(folder: Path, source: Path, results: dict) -> Path:
+    """Weights as measured, image processor, picture of the widths, `results.json` and card; whole or not at all."""
     runs = results["runs"]
     own = next(run for run in runs if run["arm"] == "kdfs" and run["seed"] == 0)
     row = next(row for row in results["summary"] if row["arm"] == "kdfs")
@@ -116,7 +115,7 @@ def write_checkpoint(folder: Path, source: Path, teacher: torch.nn.Module, resul
     building = Path(tempfile.mkdtemp(prefix=f".{folder.name}_", dir=folder.parent))
     try:
         model = KDFSPrunedModelForImageClassification.from_pretrained(source)
-        model.half().save_pretrained(building)
+        model.save_pretrained(building)
         size = {"height": 32, "width": 32}
         ViTImageProcessor(size=size, image_mean=MEAN, image_std=STD).save_pretrained(building)
         shutil.copy(source / "kdfs_config.json", building)

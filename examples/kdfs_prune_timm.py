@@ -12,8 +12,11 @@ ImageNet network: this demonstrates mechanics and claims no accuracy.
 """
 
 import argparse
+import faulthandler
 import io
 import json
+import signal
+import sys
 import tempfile
 from pathlib import Path
 
@@ -37,7 +40,6 @@ from hf_efficient.results import run_meta, write_whole
 
 
 ARCHITECTURE = "tf_efficientnet_lite0"
-HELD_OUT = 200
 
 
 class Pictures(torch.utils.data.Dataset):
@@ -55,7 +57,7 @@ class Pictures(torch.utils.data.Dataset):
         return {"pixel_values": self.images[index].float() / 127.5 - 1, "labels": int(self.labels[index])}
 
 
-def load_pictures(file: Path | None, smoke: bool) -> tuple[Pictures, Pictures]:
+def load_pictures(file: Path | None, held_out: int, smoke: bool) -> tuple[Pictures, Pictures]:
     """Rows in an order that mixes the classes, cut into training and held-out rows."""
     if smoke:
         generator = torch.Generator().manual_seed(0)
@@ -69,7 +71,7 @@ def load_pictures(file: Path | None, smoke: bool) -> tuple[Pictures, Pictures]:
     labels = torch.tensor(table["label"].to_pylist())
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
     images, labels = images[order], labels[order]
-    return Pictures(images[:-HELD_OUT], labels[:-HELD_OUT]), Pictures(images[-HELD_OUT:], labels[-HELD_OUT:])
+    return Pictures(images[:-held_out], labels[:-held_out]), Pictures(images[-held_out:], labels[-held_out:])
 
 
 def load_teacher(weights: Path | None, smoke: bool) -> TimmWrapperForImageClassification:
@@ -101,7 +103,9 @@ def run_onnx(file: Path, data: Pictures, batch_size: int = 7) -> torch.Tensor:
     """The same from onnxruntime, at a batch size other than the traced one."""
     import onnxruntime
 
-    session = onnxruntime.InferenceSession(str(file))
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()  # its own pool would take every core
+    session = onnxruntime.InferenceSession(str(file), options)
     rows = [data[index]["pixel_values"] for index in range(len(data))]
     found = []
     for start in range(0, len(rows), batch_size):
@@ -119,6 +123,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--round-to", type=int, default=8, help="kept counts are multiples (default: 8)")
     parser.add_argument("--steps", type=int, default=120, help="optimiser steps in all (default: 120)")
     parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--held-out", type=int, default=200, help="images to compare on (default: 200)")
+    parser.add_argument("--threads", type=int, default=1, help="of torch and onnxruntime (default: 1)")
     parser.add_argument("--learning-rate", type=float, default=3e-4)
     parser.add_argument("--smoke", action="store_true", help="random weights, 64 pixels, two steps")
     options = parser.parse_args()
@@ -128,14 +134,17 @@ def parse() -> argparse.Namespace:
 
 
 def main() -> None:
+    faulthandler.enable()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended from outside (SIGTERM); started again, it goes on"))
     options = parse()
+    torch.set_num_threads(options.threads)
     if options.smoke:
         options.output = Path(tempfile.mkdtemp(prefix="kdfs_timm_"))
         options.steps, options.batch_size = 2, 4
     meta = run_meta()
     logging.set_verbosity_warning()
     set_seed(0)
-    train, held_out = load_pictures(options.data, options.smoke)
+    train, held_out = load_pictures(options.data, options.held_out, options.smoke)
     teacher = load_teacher(options.weights, options.smoke)
     config = KDFSConfig(
         target_flops_reduction=options.reduction,
@@ -162,7 +171,7 @@ def main() -> None:
     )
     pruner = KDFSPruner.from_pretrained(teacher)
     folder = pruner.prune(options.output / "model", config, train, args=args)
-    print(format_widths(pruner.report))
+    print(format_widths(pruner.report), flush=True)
     plot_widths(pruner.report, options.output / "widths.png")
 
     masked, sliced = answers(pruner.masked_model, held_out), answers(pruner.pruned_model, held_out)
