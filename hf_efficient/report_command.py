@@ -143,7 +143,12 @@ def _load(name: str, arguments: argparse.Namespace) -> tuple[Any, Any]:
     from transformers import AutoConfig
 
     trust = {"trust_remote_code": True} if arguments.trust_remote_code else {}
-    config = AutoConfig.from_pretrained(name, **trust)
+    try:
+        config = AutoConfig.from_pretrained(name, **trust)
+    except (OSError, ValueError, KeyError) as error:
+        where = "holds no configuration" if Path(name).is_dir() else "is no folder here and no Hub id"
+        reason = str(error).strip().split("\n")[0].split(". ")[0].rstrip(".")
+        raise ValueError(f"MODEL {name} {where} that could be loaded ({reason}).") from error
     auto = _choose_auto(config)
     model = auto.from_pretrained(name, config=config, dtype=getattr(torch, arguments.dtype), **trust)
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
