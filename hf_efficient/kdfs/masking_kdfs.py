@@ -149,7 +149,7 @@ class KDFSMaskedModel(nn.Module):
                 f"{config.min_filters} and round_to={config.round_to}, but is {config.target_flops_reduction}; "
                 f"choose a target in (0, {limit:.4f}]."
             )
-        self.network = network
+        self.network = network.to(memory_format=torch.contiguous_format)  # safetensors holds no other layout
         reference = next(network.parameters())
         self.mask_logits = nn.ParameterList(
             nn.Parameter(self._initial_logits(group.name).to(reference.device)) for group in structure.groups
