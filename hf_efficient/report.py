@@ -424,8 +424,12 @@ def judge(phases: list[Phase], parameters: dict[str, int]) -> tuple[str, tuple[s
 
 
 def _words(phase: Phase) -> str:
-    """The careful speed-up, with the multiply-adds where they promised more."""
+    """The careful speed-up, both where the clocks disagree, and the multiply-adds where they promised more."""
     words = f"{phase.careful_speedup().median:.2f}x"
+    if len({phase.says_faster(clock) for clock in phase.clocks}) > 1:
+        words = (
+            f"{phase.speedup('wall').median:.2f}x by the wall clock, {phase.speedup('cpu').median:.2f}x by CPU time"
+        )
     share = phase.model.macs / max(phase.baseline.macs, 1)
     return words if phase.faster or share > 1 - MARGIN else f"{words} with {share:.2f} of the multiply-adds"
 

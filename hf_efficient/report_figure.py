@@ -2,6 +2,7 @@
 
 import os
 import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,6 +25,7 @@ _COLOURS = {
     "peak": "#b58d3d",
 }
 _TIMES = {"wall time": "wall", "CPU time": "cpu"}
+MOST = 2.0  # shares are cut off there; their figures stand beside
 _ROUGH = 1e6  # bytes; below it the resident memory of a process says nothing
 _DARK, _LIGHT = "#222222", "#8a8f98"
 
@@ -51,7 +53,7 @@ def draw_report(report: "EfficiencyReport") -> "Figure":
     bars = [bar for phase in compared or report.phases for bar in _bars(phase)]
     groups = len(compared or report.phases)
     verdict = textwrap.wrap(f"Verdict: {report.verdict}", 100)
-    facts = [f"baseline: {report.baseline}"] if report.baseline else []
+    facts = [f"baseline: {report.baseline}, {report.parameters['baseline']:,} parameters"] if report.baseline else []
     facts += [f"kept {text}" for text in describe_kept(report.kept)]
     facts = [line for fact in facts for line in textwrap.wrap(fact, 105)]
     head, foot = 0.5 + 0.2 * len(facts), 0.65 + 0.2 * len(verdict)
@@ -70,10 +72,7 @@ def draw_report(report: "EfficiencyReport") -> "Figure":
     for line, text in enumerate(verdict):
         write(height - 0.2 * (len(verdict) - line) + 0.07, text, color=_DARK)
     axes = figure.add_axes((1.15 / 8.5, foot / height, 4.7 / 8.5, body / height))
-    if compared:
-        _draw_shares(axes, compared)
-    else:
-        _draw_alone(axes, report.phases)
+    _draw(axes, compared or report.phases, bool(compared))
     return figure
 
 
@@ -108,66 +107,46 @@ def _figure(number: float, scale: float, name: str) -> str:
     return f"{scaled:,.0f}" if scaled >= 1000 else f"{scaled:.3g}"
 
 
-def _draw_shares(axes: "Axes", phases: list[Phase]) -> None:
-    top, ticks, names, longest = 0.0, [], [], 1.0
+def _draw(axes: "Axes", phases: Sequence[Phase], compared: bool) -> None:
+    """Draw shares of the baseline, or milliseconds where there is none; bars end at twice the baseline."""
+    top, ticks, names, longest = 0.0, [], [], 1.0 if compared else 0.0
     for phase in phases:
         _head(axes, top, phase)
         top += 0.35
         for name, value, reference, text in _bars(phase):
-            ratio = phase.speedup(_TIMES[name]) if name in _TIMES else None
-            share = value / reference if ratio is None else 1 / ratio.median
-            longest = max(longest, min(share, 2.0))
-            axes.barh(top, min(share, 2.0), height=0.72, color=_COLOURS[name])
+            ratio = phase.speedup(_TIMES[name]) if compared and name in _TIMES else None
+            length = 1e3 * value if name in _TIMES else 0.0
+            if compared:
+                share = value / reference if ratio is None else 1 / ratio.median
+                length, text = min(share, MOST), f"{share:.2f}   {text}"
+            axes.barh(top, length, height=0.72, color=_COLOURS[name])
+            longest = max(longest, length)
             if ratio is not None:
-                ends = [min(1 / ratio.high, 2.0), min(1 / ratio.low, 2.0)]
-                axes.plot(ends, [top, top], color=_DARK, linewidth=1.1)
-                axes.plot(ends, [top, top], "|", color=_DARK, markersize=5)
+                ends = [min(1 / ratio.high, MOST), min(1 / ratio.low, MOST)]
+                axes.plot(ends, [top, top], "-|", color=_DARK, linewidth=1.1, markersize=5)
                 longest = max(longest, ends[1])
-            axes.text(
-                1.02, top, f"{share:.2f}   {text}", transform=axes.get_yaxis_transform(), va="center", fontsize=8.5
-            )
-            ticks.append(top)
-            names.append(name)
-            top += 0.88
-        top += 0.75
-    axes.axvline(1, color=_DARK, linewidth=1, linestyle=":")
-    axes.set_xlim(0, 1.04 * longest)
-    axes.set_xlabel("share of the baseline (dotted line); lines: where the median lies, about 95 %", fontsize=8.5)
-    _dress(axes, top, ticks, names)
-
-
-def _draw_alone(axes: "Axes", phases: tuple[Phase, ...]) -> None:
-    top, ticks, names = 0.0, [], []
-    longest = max(max(phase.model.wall_seconds, phase.model.cpu_seconds) for phase in phases)
-    for phase in phases:
-        _head(axes, top, phase)
-        top += 0.35
-        for name, value, _, text in _bars(phase):
-            if name in _TIMES:
-                axes.barh(top, 1e3 * value, height=0.72, color=_COLOURS[name])
             axes.text(1.02, top, text, transform=axes.get_yaxis_transform(), va="center", fontsize=8.5)
             ticks.append(top)
             names.append(name)
             top += 0.88
         top += 0.75
-    axes.set_xlim(0, 1.04e3 * longest)
-    axes.set_xlabel("milliseconds, median; there was no baseline", fontsize=8.5)
-    _dress(axes, top, ticks, names)
+    label = "milliseconds, median; there was no baseline"
+    if compared:
+        axes.axvline(1, color=_DARK, linewidth=1, linestyle=":")
+        label = "share of the baseline (dotted line); lines: where the median lies, about 95 %"
+    axes.set_xlim(0, 1.04 * longest)
+    axes.set_xlabel(label, fontsize=8.5)
+    axes.set_ylim(top - 0.75, -0.75)
+    axes.set_yticks(ticks, names, fontsize=8.5)
+    axes.tick_params(axis="y", length=0)
+    axes.tick_params(axis="x", labelsize=8.5)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines["left"].set_color(_LIGHT)
 
 
 def _head(axes: "Axes", top: float, phase: Phase) -> None:
     style = {"fontsize": 9.5, "fontweight": "bold", "color": _DARK, "parse_math": False}
     axes.annotate(phase.name, (0, top - 0.25), (5, 0), textcoords="offset points", **style)
-
-
-def _dress(axes: "Axes", top: float, ticks: list[float], names: list[str]) -> None:
-    axes.set_ylim(top - 0.75, -0.75)
-    axes.set_yticks(ticks, names, fontsize=8.5)
-    axes.tick_params(axis="y", length=0)
-    axes.tick_params(axis="x", labelsize=8.5)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    axes.spines["left"].set_color(_LIGHT)
 
 
 def check_ending(file: str | os.PathLike) -> Path:
