@@ -8,6 +8,8 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
+from hf_efficient.metrics import load_metric
+
 
 LABELS = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -103,8 +105,9 @@ def load_data(folder: Path | None, final: bool, smoke: bool) -> tuple[Images, Im
 def accuracy(model: torch.nn.Module, data: Images, batch_size: int = 500) -> float:
     """Share of right answers, in evaluation mode."""
     model.eval()
-    right = 0
+    metric = load_metric("accuracy")
     for start in range(0, len(data), batch_size):
         batch = data.__getitems__(list(range(start, min(start + batch_size, len(data)))))
-        right += int((model(batch["pixel_values"]).logits.argmax(dim=1) == batch["labels"]).sum())
-    return right / len(data)
+        answers = model(batch["pixel_values"]).logits.argmax(dim=1)
+        metric.add_batch(predictions=answers, references=batch["labels"])
+    return metric.compute()["accuracy"]
