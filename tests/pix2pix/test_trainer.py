@@ -182,6 +182,18 @@ def test_both_losses_of_a_step_see_the_same_dropped_units(tmp_path):
     assert not torch.equal(outputs[0], outputs[1])
 
 
+def test_micro_batches_drop_units_of_their_own_without_a_discriminator(tmp_path):
+    model, discriminator = networks(dropout=0.5, levels=6, side=64)
+    settings = {"gan_loss": "none", "max_steps": 1, "gradient_accumulation_steps": 2, "learning_rate": 0.0}
+    data = Toy(count=1, side=64)
+    data.source, data.target = data.source.repeat(2, 1, 1, 1), data.target.repeat(2, 1, 1, 1)
+    outputs, run = [], trainer(tmp_path, model=model, discriminator=discriminator, data=data, **settings)
+    model.register_forward_hook(lambda _, __, output: outputs.append(output.reconstruction.detach()))
+    run.train()
+    assert len(outputs) == 2
+    assert not torch.equal(*outputs)  # the same image twice
+
+
 def test_l1_alone_leaves_the_discriminator_alone(tmp_path):
     model, discriminator = networks()
     before = weights(discriminator)
@@ -395,6 +407,34 @@ def test_a_nan_loss_stops_at_the_last_good_checkpoint(tmp_path, which):
     same(weights(run.model), load(run, "checkpoint-2/model.safetensors"))
 
 
+def test_after_a_nan_the_averaged_weights_are_those_of_the_checkpoint(tmp_path):
+    run = trainer(tmp_path, max_steps=8, save_strategy="steps", save_steps=2, ema_decay=0.5)
+    run.add_callback(Poison(run.model, 4, "on_step_begin"))
+    with pytest.raises(FloatingPointError, match="checkpoint-4"):
+        run.train()
+    same(weights(run.model), load(run, "checkpoint-4/model.safetensors"))
+    run.save_model(str(tmp_path / "kept"))
+    same(load(run, "kept/model.safetensors"), load(run, "checkpoint-4/model.safetensors"))
+
+
+def test_a_checkpoint_of_an_earlier_run_is_not_the_last_good_one(tmp_path):
+    trainer(tmp_path, save_strategy="steps", save_steps=4, learning_rate=1e-2).train()
+    run = trainer(tmp_path)
+    run.add_callback(Poison(run.model, 1, "on_step_begin"))
+    with pytest.raises(FloatingPointError, match="training stopped before this step and no checkpoint was written"):
+        run.train()
+
+
+def test_a_run_that_was_interrupted_inside_a_step_starts_clean(tmp_path):
+    run = trainer(tmp_path, max_steps=1)
+    run._held.append((Toy()[0], []))  # what an interrupt leaves behind
+    run.train()
+    again, _ = networks()
+    expected = trainer(tmp_path / "clean", model=again, discriminator=networks()[1], max_steps=1)
+    expected.train()
+    same(weights(run.model), weights(expected.model))
+
+
 def test_weights_that_are_not_finite_are_never_saved(tmp_path):
     run = trainer(tmp_path, max_steps=8, save_strategy="steps", save_steps=2)
     run.add_callback(Poison(run.discriminator, 4, "on_step_end"))
@@ -436,16 +476,38 @@ def test_a_wrong_setting_is_named(tmp_path):
         ("decay_start", 1.5, r"`decay_start` must lie in \[0, 1\], got 1.5"),
         ("ema_decay", 1.0, r"`ema_decay` must lie in \[0, 1\), got 1.0"),
         ("preview_count", 0, "`preview_count` must be at least 1, got 0"),
+        ("lr_scheduler_type", "cosine", "from `decay_start` on; got .*cosine.* and 0"),
+        ("warmup_steps", 10, "`warmup_steps` must be left out: .* and 10"),
     ):
         with pytest.raises(ValueError, match=message):
             Pix2PixTrainingArguments(output_dir=str(tmp_path), **{name: value})
     with pytest.raises(TypeError, match="must be Pix2PixTrainingArguments, got TrainingArguments"):
         Pix2PixTrainer(networks()[0], TrainingArguments(output_dir=str(tmp_path)))
+    with pytest.raises(ValueError, match=r"`discriminator` must take 6 channels, .*, got 4; set its `num_channels`"):
+        trainer(tmp_path, model=networks()[0], discriminator=Pix2PixDiscriminator(16, 4, 4))
+    with pytest.raises(ValueError, match="must hold `pixel_values` and `labels`, got pixel_values, photo"):
+        trainer(tmp_path, data=[{"pixel_values": torch.zeros(3, 16, 16), "photo": torch.zeros(3, 16, 16)}]).train()
     other = tmp_path / "other"
     trainer(other, save_strategy="steps", save_steps=4).train()
     (other / "checkpoint-4" / "discriminator.safetensors").unlink()
     with pytest.raises(ValueError, match="no checkpoint of a Pix2PixTrainer"):
         trainer(other, max_steps=8).train(resume_from_checkpoint=True)
+
+
+def test_a_checkpoint_of_other_networks_is_named(tmp_path):
+    trainer(tmp_path, save_strategy="steps", save_steps=4).train()
+    model, _ = networks(levels=4)
+    with pytest.raises(ValueError, match=r"checkpoint-4 holds another generator .*: `num_levels` 3 instead of 4"):
+        trainer(tmp_path, model=model, max_steps=8).train(resume_from_checkpoint=True)
+    model, _ = networks()
+    for discriminator in (Pix2PixDiscriminator(34, base_channels=4), Pix2PixDiscriminator(16, base_channels=8)):
+        with pytest.raises(ValueError, match="checkpoint-4 holds another discriminator"):
+            trainer(tmp_path, model=model, discriminator=discriminator, max_steps=8).train(resume_from_checkpoint=True)
+
+
+def test_an_evaluation_without_data_of_its_own_is_measured(tmp_path):
+    metrics = trainer(tmp_path).evaluate(Toy(2))
+    assert {"eval_loss", "eval_psnr", "eval_ssim"} <= metrics.keys()
 
 
 DISTRIBUTED = """
