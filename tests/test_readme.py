@@ -157,7 +157,7 @@ config = LlavaConfig(vision_config=vision, text_config=text, image_token_id=63, 
 LlavaForConditionalGeneration(config).save_pretrained(toys / "llava-hf/llava-1.5-7b-hf")
 CLIPForImageClassification(CLIPConfig(vision_config=small, num_labels=2)).save_pretrained(toys / "openai/clip-vit-large-patch14-336")
 ViTForImageClassification(ViTConfig(**small)).save_pretrained(toys / "google/vit-base-patch16-224")
-resnet = ResNetConfig(embedding_size=16, hidden_sizes=[16, 32], depths=[1, 1], layer_type="basic")
+resnet = ResNetConfig(embedding_size=32, hidden_sizes=[32, 64], depths=[2, 2], layer_type="basic")
 ResNetForImageClassification(resnet).save_pretrained(toys / "microsoft/resnet-50")
 row = {"input_ids": [1] + [63] * 16 + [2, 3, 4, 5, 6], "labels": [-100] * 18 + [3, 4, 5, 6]}
 train_dataset = [{**row, "pixel_values": torch.randn(3, 32, 32)} for _ in range(4)]
