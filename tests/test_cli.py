@@ -3,6 +3,7 @@
 import argparse
 import json
 import re
+import shlex
 import subprocess
 import sys
 import warnings
@@ -79,7 +80,7 @@ def test_help_of_a_command_has_an_example_that_parses(name, capsys):
     assert "--quiet" in text
     parser, _ = cli._build_parser(name, cli._load(name))
     for example in examples:
-        assert parser.parse_args([name, *example.split()]).command == name
+        assert parser.parse_args([name, *shlex.split(example)]).command == name
 
 
 def test_result_goes_to_the_terminal_and_into_the_file(toy, capsys, tmp_path):
