@@ -17,7 +17,7 @@ from transformers.utils import logging
 from .attachment_toe import ToEAttachment, detach, reset_compiler
 from .configuration_toe import ToEConfig
 from .expansion_toe import TokenExpansion
-from .resume_toe import translate_names
+from .resume_toe import forget_names, reads_saved_names, translate_names
 
 
 logger = logging.get_logger(__name__)
@@ -46,7 +46,6 @@ class ToECallback(TrainerCallback):
             raise ValueError(f"`config` must be a `ToEConfig`, got {config!r}; name single fields instead.")
         self.config = ToEConfig(**((config.to_dict() if config is not None else {}) | overrides))
         self._attachment: ToEAttachment | None = None
-        self._names: Any = None
         self._tokens = 0
         self._seconds = 0.0
         self._step_start = 0.0
@@ -84,6 +83,9 @@ class ToECallback(TrainerCallback):
     def detach(model: nn.Module) -> int:
         """Remove the hook that a training left which ended by an exception.
 
+        The next training with a `ToECallback` does so by itself. Without one, a hook that was waiting for the forward
+        of a broken-off step would still act once, on the next forward in training mode.
+
         Args:
             model (`nn.Module`): The model, wrapped or not.
 
@@ -107,8 +109,8 @@ class ToECallback(TrainerCallback):
             model (`nn.Module`): The model to train.
             **kwargs: Unused.
         """
-        if self._names is None and model is not None:
-            self._names = translate_names(model)
+        if model is not None:
+            translate_names(model)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
@@ -126,10 +128,11 @@ class ToECallback(TrainerCallback):
             ValueError: If a stage would start outside the training, or the model is refused.
         """
         self.detach(model)
-        if state.global_step > 0 and self._names is None and isinstance(model, PreTrainedModel):
+        if state.global_step > 0 and isinstance(model, PreTrainedModel) and not reads_saved_names(model):
             logger.warning(
-                "This trainer has finished a training before: check that it resumes with the weights of its "
-                "checkpoint, or resume with a new trainer."
+                "The resumed model may not have the weights of its checkpoint, because ToECallback came after they "
+                "were read; resume with a new Trainer made with `model=` (not `model_init=`) and "
+                "`callbacks=[ToECallback()]`."
             )
         last, epochs = self.config.stage_starts[-1], state.num_train_epochs
         if self.config.counts_epochs and last >= epochs:
@@ -190,7 +193,7 @@ class ToECallback(TrainerCallback):
         self._seconds += time.perf_counter() - self._step_start
         shape = self._attachment.last_shape if self._attachment is not None else None
         if shape is not None:
-            self._tokens += shape[0] * self._kept_patches(shape[2]) * args.world_size
+            self._tokens += shape[0] * self._kept_patches(shape[2]) * args.world_size * max(args.n_gpu, 1)
 
     def _kept_patches(self, rows: int) -> int:
         site = self._attachment.site
@@ -242,6 +245,4 @@ class ToECallback(TrainerCallback):
             self._attachment.detach()
             self._attachment = None
             reset_compiler()
-        if self._names is not None:
-            self._names.remove()
-            self._names = None
+        forget_names(model)

@@ -65,7 +65,7 @@ class ToEConfig:
                 f"`stage_starts` must be all integers (epochs) or all floats (shares of the training), got {starts}; "
                 "write 0.5 for half of the training or 5 for the fifth epoch, not both."
             )
-        if any(start < 0 for start in starts) or any(a >= b for a, b in pairwise(starts)):
+        if not (all(start >= 0 for start in starts) and all(a < b for a, b in pairwise(starts))):
             raise ValueError(f"`stage_starts` must rise strictly from 0 or later, got {starts}.")
         if not self.counts_epochs and starts[-1] >= 1.0:
             raise ValueError(
@@ -79,10 +79,10 @@ class ToEConfig:
             raise ValueError(
                 f"`keep_rates` needs one rate for each of the {len(self.stage_starts)} `stage_starts`, got {rates}."
             )
-        if any(not 0 < rate <= 1 for rate in rates) or any(a >= b for a, b in pairwise(rates)):
+        if not (all(0 < rate <= 1 for rate in rates) and all(a < b for a, b in pairwise(rates))):
             raise ValueError(f"`keep_rates` must rise strictly within (0, 1], got {rates}.")
         first = self.initial_keep_rate
-        if isinstance(first, bool) or not isinstance(first, (int, float)) or first <= 0:
+        if isinstance(first, bool) or not isinstance(first, (int, float)) or not first > 0:
             raise ValueError(f"`initial_keep_rate` must be above 0 so that at least one token is kept, got {first!r}.")
         if first > rates[0]:
             raise ValueError(

@@ -1,8 +1,8 @@
 """Names of weights when a training resumes.
 
 `save_pretrained` writes ViT, DeiT and DINOv2 under the names of older releases, and `from_pretrained` translates them.
-The Trainer of transformers 5.23 and 5.24 does not: on resuming it hands the names of the file to `load_state_dict`,
-which skips those it does not know with a warning, so that a resumed run would start from new weights.
+On resuming, the Trainer hands the names of the file to `load_state_dict`, which skips those it does not know with a
+warning: the run would go on from new weights.
 """
 
 from typing import Any
@@ -15,18 +15,41 @@ from transformers.utils import logging
 logger = logging.get_logger(__name__)
 
 
-def translate_names(model: nn.Module) -> Any:
+def translate_names(model: nn.Module) -> None:
     """Let `load_state_dict` of a model read a checkpoint's names, as `from_pretrained` does.
 
     Args:
         model (`nn.Module`): The model of a trainer; other modules than `PreTrainedModel` save under their own names.
+    """
+    if isinstance(model, PreTrainedModel) and not reads_saved_names(model):
+        model.register_load_state_dict_pre_hook(_translate)
+
+
+def reads_saved_names(model: nn.Module) -> bool:
+    """Whether `translate_names` is in effect.
+
+    Args:
+        model (`nn.Module`): The model.
 
     Returns:
-        `RemovableHandle` or `None`: What takes the translation away again.
+        `bool`
     """
-    if not isinstance(model, PreTrainedModel):
-        return None
-    return model.register_load_state_dict_pre_hook(_translate)
+    return bool(_hooks(model))
+
+
+def forget_names(model: nn.Module) -> None:
+    """Take the translation away again.
+
+    Args:
+        model (`nn.Module`): The model.
+    """
+    for key in _hooks(model):
+        del model._load_state_dict_pre_hooks[key]
+
+
+def _hooks(model: nn.Module) -> list[int]:
+    hooks = model._load_state_dict_pre_hooks
+    return [key for key, wrapped in hooks.items() if getattr(wrapped, "hook", None) is _translate]
 
 
 def _translate(model: PreTrainedModel, state_dict: dict[str, Tensor], prefix: str, *rest: Any) -> None:

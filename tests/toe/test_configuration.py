@@ -75,6 +75,12 @@ def test_zero_fits_epochs_and_shares():
         ({"keep_rates": ("0.5", "0.75", "1")}, r"`keep_rates` must hold at least one number and nothing else"),
         ({"initial_keep_rate": 0.6}, r"`initial_keep_rate` must not be above the first keep rate, got 0.6 > 0.5"),
         ({"initial_keep_rate": 0}, r"`initial_keep_rate` must be above 0 .* at least one token is kept, got 0"),
+        ({"initial_keep_rate": float("nan")}, r"`initial_keep_rate` must be above 0 .* got nan"),
+        ({"keep_rates": (0.5, float("nan"), 1.0)}, r"`keep_rates` must rise strictly within \(0, 1\], got \(0.5, nan"),
+        (
+            {"stage_starts": (0.0, float("nan"), 0.5)},
+            r"`stage_starts` must rise strictly from 0 or later, got \(0.0, n",
+        ),
         ({"distance": "chebyshev"}, r"`distance` must be one of 'cosine', 'euclidean', 'manhattan', got 'chebyshev'"),
         ({"stage_starts": (0, 0.5, 2)}, r"`stage_starts` must be all integers .* got \(0, 0.5, 2\)"),
         (
