@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -14,6 +15,7 @@ from .expansion_toe import TokenExpansion
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+_PALE = (0.78, 0.97)  # what black and white become where a patch is not kept
 _COLOURS = {"full": "#444444", "toe": "#1b7837", "random": "#b35806", "fast": "#2166ac"}
 
 
@@ -65,13 +67,17 @@ def plot_expansion(
     pictures: Sequence[Any] | None = None,
     config: ToEConfig | None = None,
 ) -> "Figure":
-    """Draw what each stage keeps: one row an image, one column a stage, dropped patches darkened.
+    """Draw what each stage keeps: one row an image, first the image itself, then one column a stage.
+
+    Patches that a stage keeps are in full colour, with a thin line around them; those merged into others are grey and
+    pale.
 
     Args:
         model (`nn.Module`): A supported model on square images.
         pixel_values (`torch.FloatTensor` of shape `(batch, channels, height, width)`): Images as the model takes them.
-        pictures (`Sequence`, *optional*): The same images for the eye, `(height, width, 3)` arrays or PIL images;
-            default: `pixel_values` stretched to the range of colours.
+        pictures (`Sequence`, *optional*): The same images for the eye, PIL images or arrays `(height, width)` or
+            `(height, width, channels)` of bytes or of values in `[0, 1]`; default: `pixel_values` stretched to the
+            range of colours.
         config (`ToEConfig`, *optional*): The schedule.
 
     Returns:
@@ -82,28 +88,60 @@ def plot_expansion(
         ImportError: If matplotlib is missing.
     """
     pyplot, config = _pyplot(), ToEConfig() if config is None else config
-    masks = [choose_patches(model, pixel_values, stage, config) for stage in range(1, config.num_stages + 1)]
+    masks = [choose_patches(model, pixel_values, stage, config).cpu() for stage in range(1, config.num_stages + 1)]
     side = round(masks[0].shape[1] ** 0.5)
     if side**2 != masks[0].shape[1]:
         raise ValueError(f"`pixel_values` must give a square of patches, got {masks[0].shape[1]} patches.")
     if pictures is None:
         low, high = pixel_values.amin(), pixel_values.amax()
         pictures = list(((pixel_values - low) / (high - low).clamp_min(1e-6)).permute(0, 2, 3, 1).cpu().numpy())
-    count = len(pictures)
-    figure, axes = pyplot.subplots(count, len(masks), figsize=(2 * len(masks), 2 * count), squeeze=False)
-    for row, picture in enumerate(pictures):
-        for column, mask in enumerate(masks):
-            axis, kept = axes[row, column], mask[row].view(1, 1, side, side).float().cpu()
-            height, width = torch.as_tensor(pixel_values).shape[-2:]
-            veil = torch.zeros(height, width, 4)
-            veil[..., 3] = 0.75 * (1 - nn.functional.interpolate(kept, size=(height, width))[0, 0])
-            axis.imshow(picture, extent=(0, width, height, 0))
-            axis.imshow(veil.numpy(), extent=(0, width, height, 0))
-            axis.set_axis_off()
-            if row == 0:
-                axis.set_title(f"stage {column + 1}: {int(mask[row].sum())} of {mask.shape[1]}", fontsize=9)
-    figure.tight_layout()
+    size = (2.3 * (len(masks) + 1), 2.3 * len(pictures) + 0.4)
+    figure, axes = pyplot.subplots(len(pictures), len(masks) + 1, figsize=size, squeeze=False, layout="constrained")
+    place = {"extent": (0, side, side, 0), "interpolation": "nearest"}
+    for row, picture in enumerate(map(_as_colours, pictures)):
+        axes[row, 0].imshow(picture, **place)
+        for axis, mask in zip(axes[row, 1:], masks):
+            kept = mask[row].view(side, side).numpy()
+            axis.imshow(_fade(picture, kept), **place)
+            _outline(axis, kept)
+    titles = [
+        f"stage {stage}: {int(mask[0].sum())} of {mask.shape[1]} tokens\nfrom layer {config.after_layer + 1} on"
+        for stage, mask in enumerate(masks, 1)
+    ]
+    for axis, title in zip(axes[0], ["image", *titles]):
+        axis.set_title(title, fontsize=9)
+    for axis in axes.flat:
+        axis.set_axis_off()
     return figure
+
+
+def _as_colours(picture: Any) -> np.ndarray:
+    """Any picture as an array `(height, width, 3)` of values in `[0, 1]`."""
+    picture = np.asarray(picture)
+    picture = picture / 255 if picture.dtype == np.uint8 else picture.astype(float)
+    picture = picture[..., None] if picture.ndim == 2 else picture
+    return np.repeat(picture, 3, axis=2) if picture.shape[2] == 1 else picture[..., :3]
+
+
+def _fade(picture: np.ndarray, kept: np.ndarray) -> np.ndarray:
+    """Grey and pale where a patch is not kept; neither white nor black, so that both stand out against it."""
+    height, width = picture.shape[:2]
+    rows, columns = (np.arange(length) * len(kept) // length for length in (height, width))
+    grey = _PALE[0] + (_PALE[1] - _PALE[0]) * (picture @ np.array([0.299, 0.587, 0.114]))  # luma of ITU-R BT.601
+    return np.where(kept[rows][:, columns][..., None], picture, grey[..., None])
+
+
+def _outline(axis: Any, kept: np.ndarray) -> None:
+    """Thin lines between kept patches and others, and around the picture where a kept patch meets its edge."""
+    from matplotlib import collections
+
+    inside = np.pad(kept, 1)
+    across = zip(*(inside[1:, 1:-1] != inside[:-1, 1:-1]).nonzero())  # (line, column)
+    along = zip(*(inside[1:-1, 1:] != inside[1:-1, :-1]).nonzero())  # (row, line)
+    lines = [((x, y), (x + 1, y)) for y, x in across] + [((x, y), (x, y + 1)) for y, x in along]
+    axis.add_collection(
+        collections.LineCollection(lines, colors="black", linewidths=0.8, capstyle="projecting", clip_on=False)
+    )
 
 
 def plot_accuracy(runs: Sequence[dict[str, Any]], target: float | None = None) -> "Figure":

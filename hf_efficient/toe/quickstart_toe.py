@@ -60,7 +60,12 @@ def run(checkpoints: Path, output: Path) -> dict[str, Any]:
             ["CPU seconds of training", rows[0][2], rows[1][2]],
             ["accuracy on 360 digits, %", rows[0][3], rows[1][3]],
         ],
-        "pictures": [{"file": PICTURE, "caption": "patches that each stage of ToE keeps of four digits"}],
+        "pictures": [
+            {
+                "file": PICTURE,
+                "caption": "tokens that each stage of ToE keeps of four digits; pale ones are merged into them",
+            }
+        ],
         "notes": [
             f"The multiply-adds of this schedule allow {bound:.2f} times the speed on this small model.",
             "Two epochs show the callback at work, not the accuracy of a finished training.",

@@ -1,5 +1,7 @@
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from hf_efficient import ToEConfig, TokenExpansion
 from hf_efficient.toe.cost_toe import count_patches
@@ -19,20 +21,52 @@ def test_chosen_patches_are_those_of_the_training(make_vit, count_hooks):
     assert count_hooks(model) == 0
 
 
-def test_pictures(make_vit, tmp_path):
-    figure = plot_expansion(make_vit(), torch.randn(2, 3, 32, 32))
-    assert [axis.get_title() for axis in figure.axes[:3]] == [
-        f"stage {i}: {n} of 64" for i, n in ((1, 32), (2, 48), (3, 64))
-    ]
-    veil = figure.axes[0].images[1].get_array()
-    assert (veil[..., 3] > 0).mean() == pytest.approx(0.5)  # half of the patches are dark
+def test_kept_patches_are_coloured_outlined_and_the_others_pale(make_vit, tmp_path):
+    model, pixels, config = make_vit(), torch.rand(2, 3, 32, 32), ToEConfig(after_layer=2)
+    colours = (pixels * 255).byte().permute(0, 2, 3, 1).numpy()
+    figure = plot_expansion(model, pixels, [Image.fromarray(colours[0]), colours[1]], config)
+    axes = np.array(figure.axes).reshape(2, 4)
+    titles = [f"stage {stage}: {kept} of 64 tokens\nfrom layer 3 on" for stage, kept in ((1, 32), (2, 48), (3, 64))]
+    assert [axis.get_title() for axis in axes[0]] == ["image", *titles]
+    for stage in (1, 2, 3):
+        kept = choose_patches(model, pixels, stage, config).view(2, 8, 8).numpy()
+        for row in range(2):
+            shown = axes[row, stage].images[0].get_array()
+            mask = kept[row].repeat(4, axis=0).repeat(4, axis=1)  # a patch has 4 x 4 pixels
+            assert np.array_equal(shown[mask], colours[row][mask] / 255)
+            assert np.ptp(shown[~mask], axis=1).max(initial=0) == 0  # grey
+            assert shown[~mask].min(initial=1) > 0.75
+            assert shown[~mask].max(initial=0) < 0.98
+            framed = np.pad(kept[row], 1)
+            edges = (framed[1:] != framed[:-1]).sum() + (framed[:, 1:] != framed[:, :-1]).sum()
+            assert len(axes[row, stage].collections[0].get_segments()) == edges
     figure.savefig(tmp_path / "expansion.png")
+
+
+def test_a_line_runs_along_its_patch(make_vit):
+    """The corner patch is the first seed; its outer edges are drawn where it is."""
+    figure = plot_expansion(make_vit(), torch.rand(1, 3, 32, 32))
+    lines = {tuple(map(tuple, segment)) for segment in figure.axes[1].collections[0].get_segments()}
+    assert {((0, 0), (1, 0)), ((0, 0), (0, 1))} <= lines
+
+
+def test_grey_pictures_are_drawn_in_grey(make_vit):
+    figure = plot_expansion(make_vit(num_channels=1), torch.randn(1, 1, 32, 32))
+    shown = figure.axes[0].images[0].get_array()
+    assert shown.shape == (32, 32, 3)
+    assert np.ptp(shown, axis=2).max() == 0
+
+
+def test_patches_must_form_a_square(make_vit):
+    with pytest.raises(ValueError, match="must give a square of patches, got 48"):
+        plot_expansion(make_vit(image_size=(24, 32)), torch.randn(1, 3, 24, 32))
+
+
+def test_accuracy_over_time(tmp_path):
     history = [{"cpu_seconds": 60.0 * i, "accuracy": 0.2 * i} for i in range(1, 4)]
     figure = plot_accuracy([{"arm": arm, "history": history} for arm in ("full", "toe", "toe")], target=0.5)
     assert [line.get_xdata()[-1] for line in figure.axes[0].lines[:3]] == [3.0] * 3
     figure.savefig(tmp_path / "accuracy.png")
-    with pytest.raises(ValueError, match="must give a square of patches, got 48"):
-        plot_expansion(make_vit(image_size=(24, 32)), torch.randn(1, 3, 24, 32))
 
 
 def test_patches_are_counted(make_vit, count_hooks):
