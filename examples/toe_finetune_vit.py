@@ -1,9 +1,10 @@
 """Fine-tune a vision transformer on scikit-learn's digits with and without Token Expansion, whole and by LoRA.
 
 Four arms with the same seeds, steps and data: all weights or LoRA of rank 8 and the head, each on all tokens and with
-ToE. A model that `toe_train_vit.py` has trained is the natural start.
+ToE. A model that `toe_train_vit.py` has trained is the natural start; written into that script's `--results` folder,
+here KEEP, the table gets into the card. A finished arm is not repeated.
 
-    python examples/toe_finetune_vit.py --model toe_cifar10/toe-0/model --output toe_cifar10/finetune
+    python examples/toe_finetune_vit.py --model KEEP/weights --output KEEP/finetune
 
 takes some twenty minutes on one slow core for three seeds. To expect: ToE near the bound of multiply-adds that the
 script prints (about 1.29 for 64 tokens and 8 layers), LoRA as well, since the layers it saves are the same ones, and
@@ -12,11 +13,12 @@ accuracies that differ less between the arms than between seeds.
 
 import argparse
 import json
+import tempfile
 from pathlib import Path
 
 import torch
 from peft import LoraConfig, get_peft_model
-from toe_train_vit import Clock, accuracy
+from toe_train_vit_clock import Clock, accuracy
 from toe_train_vit_data import Batches, Rows, decode
 from toe_train_vit_report import spread
 from transformers import AutoModelForImageClassification, Trainer, TrainingArguments, ViTConfig, set_seed
@@ -54,10 +56,10 @@ def run(args: argparse.Namespace, arm: str, seed: int) -> dict:
     set_seed(seed)
     model = make_model(args, arm)
     size = model.config.image_size
-    images, labels, _ = decode("digits", "train", size, args.output / "decoded")
-    tests, answers, _ = decode("digits", "test", size, args.output / "decoded")
+    images, labels, _ = decode("digits", "train", size, args.scratch)
+    tests, answers, _ = decode("digits", "test", size, args.scratch)
     training = TrainingArguments(
-        output_dir=str(args.output / "trainer"),
+        output_dir=str(args.scratch),
         seed=seed,
         num_train_epochs=args.epochs,
         per_device_train_batch_size=32,
@@ -110,7 +112,9 @@ def main() -> None:
     meta = run_meta()
     args.output.mkdir(parents=True, exist_ok=True)
     # the arms of a seed follow each other: what else the machine does weighs on all of them
-    runs = [run(args, arm, seed) for seed in args.seeds for arm in ARMS]
+    with tempfile.TemporaryDirectory() as scratch:
+        args.scratch = Path(scratch)
+        runs = [run(args, arm, seed) for seed in args.seeds for arm in ARMS]
     model = make_model(args, "full")
     size = model.config.image_size
     patches = count_patches(model, torch.zeros(1, 3, size, size))

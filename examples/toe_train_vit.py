@@ -3,33 +3,51 @@
 Any image dataset of `datasets` (a name, a folder of images or of parquet files) and any supported model; the default
 is a ViT of 64 tokens, 128 wide and 8 deep, from scratch. With `--compare` three arms get the same seeds, steps and
 data: `full` (all tokens), `toe`, and `random` (same hook, layer and count, the tokens drawn at random), and one run of
-`--fast-preset`. Each run is a process of one thread; an interrupted run goes on at its last epoch, a finished one is
-not repeated.
+`--fast-preset`. Each run is a process of one thread. An interrupted run goes on at its last epoch, kept in `--output`;
+a finished one leaves its figures in `--results` and is not repeated. `--status` lists both, `--time 5` measures a step
+of every arm and the core-hours to expect.
 
-    python examples/toe_train_vit.py --dataset DIR/cifar10 --compare --output toe_cifar10
-    python examples/toe_train_vit.py --dataset DIR/cifar10 --compare --output toe_cifar10 --final --card DIR
+    python examples/toe_train_vit.py --dataset DIR/cifar10 --arms full --seeds 9 --output TRIAL
+    python examples/toe_train_vit.py --dataset DIR/cifar10 --compare --output RUNS --results KEEP --final --card CARD
 
-The first line takes some 12 core-hours for CIFAR-10 and chooses by the last 5,000 training rows. The second reads the
-test split, for the first time, and writes the checkpoint with its card. To expect: ToE 1.29 times as fast as full
-tokens by multiply-adds (the script prints the bound), at the accuracy of full tokens, above random drop.
+The first line is for choices, made on the last 5,000 training rows. The second takes some 12 core-hours for CIFAR-10;
+each of its runs ends on the test split, which is read behind `--final` alone. To expect: ToE close to 1.29 times as
+fast as full tokens, the bound by multiply-adds that the script prints, at the accuracy of full tokens, above random
+drop. The recipe is that of small ViTs from scratch on CIFAR-10 (arXiv 2112.13492): AdamW at 1e-3, weight decay 0.05,
+batches of 128, a tenth of the training to warm up, cosine decay, label smoothing 0.1; crops and mirror images alone,
+because 15 epochs are too few for mixed images.
 """
 
 import argparse
+import copy
+import fcntl
 import json
 import os
-import subprocess
+import shutil
+import signal
 import sys
-import time
 from pathlib import Path
 
 import torch
+from toe_train_vit_clock import Clock, Yardstick, accuracy, show_timing, time_steps
 from toe_train_vit_data import Batches, Rows, decode
-from toe_train_vit_report import report, write_checkpoint
+from toe_train_vit_report import finish_run, print_bounds, report, write_checkpoint
+from toe_train_vit_runs import (
+    ARMS,
+    check_recipe,
+    last_checkpoint,
+    list_jobs,
+    make_recipe,
+    preset_of,
+    read_run,
+    run_file,
+    show_status,
+    train_all,
+)
 from transformers import (
     AutoModelForImageClassification,
     PreTrainedModel,
     Trainer,
-    TrainerCallback,
     TrainingArguments,
     ViTConfig,
     ViTForImageClassification,
@@ -37,36 +55,18 @@ from transformers import (
 )
 
 from hf_efficient import ToECallback, ToEConfig
-from hf_efficient.metrics import load_metric
 from hf_efficient.results import run_meta, write_whole
 from hf_efficient.toe.expansion_toe import RandomDrop
 from hf_efficient.toe.resume_toe import translate_names
 
 
-ARMS = ("full", "toe", "random")
-# one allocation after the other of the same few sizes: keep the memory instead of handing it back to the system
-MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**34), "MALLOC_ARENA_MAX": "1"}
+CLOCKS = ("cpu_seconds", "wall_seconds", "yardsticks")
 
 
 class RandomDropCallback(ToECallback):
     """The control: random tokens, as many as ToE keeps."""
 
     expansion_class = RandomDrop
-
-
-class Clock(TrainerCallback):
-    """CPU and wall time of the training epochs alone, kept in the trainer's log so that it survives a restart."""
-
-    def on_epoch_begin(self, args, state, control, **kwargs):
-        """Start the clocks behind data set-up and resuming."""
-        self.began = time.process_time(), time.perf_counter()
-
-    def on_epoch_end(self, args, state, control, **kwargs):
-        """Stop them before evaluating and saving."""
-        before = next((e for e in reversed(state.log_history) if "cpu_seconds" in e), {})
-        spent = time.process_time() - self.began[0], time.perf_counter() - self.began[1]
-        entry = {name: before.get(name, 0.0) + value for name, value in zip(("cpu_seconds", "wall_seconds"), spent)}
-        state.log_history.append({"epoch": state.epoch, "step": state.global_step, **entry})
 
 
 def make_model(args: argparse.Namespace, names: list[str]) -> PreTrainedModel:
@@ -83,25 +83,36 @@ def make_model(args: argparse.Namespace, names: list[str]) -> PreTrainedModel:
 def make_callback(arm: str, args: argparse.Namespace) -> list[ToECallback]:
     if arm == "full":
         return []
-    if arm == "random":
-        return [RandomDropCallback(ToEConfig.preset(args.preset))]
-    return [ToECallback(ToEConfig.preset(args.fast_preset if arm == "fast" else args.preset))]
+    return [(RandomDropCallback if arm == "random" else ToECallback)(ToEConfig.preset(preset_of(args, arm)))]
 
 
-def accuracy(prediction: tuple) -> dict[str, float]:
-    answers = prediction.predictions.argmax(-1)
-    return load_metric("accuracy").compute(predictions=answers, references=prediction.label_ids)
+def keep_weights(model: PreTrainedModel, folder: Path) -> None:
+    """Plain weights in fp16, whole or not at all."""
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
+    copy.deepcopy(model).half().save_pretrained(temporary)
+    if folder.exists():
+        shutil.rmtree(folder)
+    temporary.rename(folder)
 
 
 def train(args: argparse.Namespace, arm: str, seed: int) -> None:
-    """One run; writes `run.json` when it has ended."""
+    """One run; keeps its figures, and the weights of the run that becomes the card, when it has ended."""
     folder = args.output / f"{arm}-{seed}"
-    if (folder / "run.json").exists():
-        return
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = (folder / "lock").open("w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise SystemExit(f"another process trains in {folder}; wait for it or end it.") from None
+    recipe, meta = make_recipe(args, arm), run_meta()
+    if (folder / "recipe.json").exists():
+        check_recipe(recipe, folder / "recipe.json")
+    write_whole(folder / "recipe.json", json.dumps(recipe) + "\n")
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
     images, labels, names = decode(args.dataset, "train", args.image_size, args.output / "decoded")
     split = len(labels) - min(args.validation_rows, len(labels) // 5)
+    yardstick = None if args.gpu else Yardstick(lambda: make_model(args, names), args.batch_size, args.image_size)
     set_seed(seed)
     model = make_model(args, names)
     translate_names(model)  # an interrupted run without ToE would lose its weights as well
@@ -112,13 +123,14 @@ def train(args: argparse.Namespace, arm: str, seed: int) -> None:
         per_device_train_batch_size=args.batch_size,
         per_device_eval_batch_size=250,
         learning_rate=args.learning_rate,
-        weight_decay=0.05,
-        warmup_steps=0.05,
+        weight_decay=args.weight_decay,
+        warmup_steps=args.warmup,
+        label_smoothing_factor=args.label_smoothing,
         lr_scheduler_type="cosine",
         optim="adamw_torch_fused",
         eval_strategy="epoch",
         save_strategy="epoch",
-        save_total_limit=1,
+        save_total_limit=2,
         logging_steps=args.logging_steps,
         report_to="none",
         use_cpu=not args.gpu,
@@ -126,20 +138,19 @@ def train(args: argparse.Namespace, arm: str, seed: int) -> None:
         disable_tqdm=True,
         dataloader_pin_memory=args.gpu,
         remove_unused_columns=False,
+        label_names=["labels"],
     )
     trainer = Trainer(
         model,
         training,
         train_dataset=Rows(0, split, augment=True),
         eval_dataset=Rows(split, len(labels), augment=False),
-        data_collator=Batches(images, labels, flip=args.flip),
+        data_collator=Batches(images, labels, flip=args.flip, shift=args.shift),
         compute_metrics=accuracy,
-        callbacks=[*make_callback(arm, args), Clock()],
+        callbacks=[*make_callback(arm, args), Clock(yardstick, meta["cpu"])],
     )
-    # the trainer's state is written last: a checkpoint without it was cut short
-    whole = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]
-    last = max(whole, key=lambda path: int(path.name.split("-")[1]), default=None)
-    trainer.train(resume_from_checkpoint=str(last) if last else None)
+    last = last_checkpoint(folder)
+    trainer.train(resume_from_checkpoint=str(last[0]) if last else None)
     trainer.save_model(str(folder / "model"))
     log = trainer.state.log_history
     clocks = [entry for entry in log if "cpu_seconds" in entry]
@@ -148,27 +159,12 @@ def train(args: argparse.Namespace, arm: str, seed: int) -> None:
         {"epoch": round(c["epoch"]), "cpu_seconds": c["cpu_seconds"], "accuracy": score}
         for c, score in zip(clocks, scores)
     ]
-    run = {"arm": arm, "seed": seed, "preset": {"full": None, "fast": args.fast_preset}.get(arm, args.preset)}
-    run |= {"epochs": args.epochs, "cpu_seconds": clocks[-1]["cpu_seconds"]}
-    run |= {"wall_seconds": clocks[-1]["wall_seconds"], "validation_accuracy": scores[-1], "history": history}
-    write_whole(folder / "run.json", json.dumps(run, indent=2) + "\n")
-
-
-def train_all(args: argparse.Namespace, jobs: list[tuple[str, int]]) -> None:
-    """Start a process for each run, at most `--processes` at a time; the arms of a seed run close to each other."""
-    waiting, running = list(jobs), []
-    while waiting or running:
-        while waiting and len(running) < args.processes:
-            arm, seed = waiting.pop(0)
-            command = [sys.executable, *sys.argv, "--run", arm, str(seed)]
-            running.append((arm, seed, subprocess.Popen(command, env=os.environ | MEMORY | {"OMP_NUM_THREADS": "1"})))
-        arm, seed, process = running.pop(0)
-        try:
-            process.wait(timeout=5)
-        except subprocess.TimeoutExpired:
-            running.append((arm, seed, process))
-        else:
-            print(f"{arm} {seed}: {'done' if process.returncode == 0 else 'failed, start again to go on'}", flush=True)
+    run = {"arm": arm, "seed": seed, **{name: clocks[-1].get(name) for name in CLOCKS}}
+    run |= {"validation_accuracy": scores[-1], "machines": sorted({c["cpu"] for c in clocks})}
+    run |= {"recipe": recipe, "history": history, "meta": meta}
+    if (arm, seed) == ("toe", args.seeds[0]):
+        keep_weights(model, args.results / "weights")
+    finish_run(args, run)
 
 
 def parse() -> argparse.Namespace:
@@ -176,13 +172,22 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--dataset", default="digits", help="name, folder, or `digits` of scikit-learn (default)")
     parser.add_argument("--model", help="checkpoint to fine-tune (default: a small ViT from scratch)")
     parser.add_argument("--compare", action="store_true", help="full tokens, ToE and random drop, and a faster preset")
+    parser.add_argument("--arms", nargs="+", choices=(*ARMS, "fast"), help="only these runs, for choices of recipe")
     parser.add_argument("--final", action="store_true", help="measure on the test split as well")
-    parser.add_argument("--output", type=Path, default=Path("toe_run"))
+    parser.add_argument("--output", type=Path, default=Path("toe_run"), help="runs that are under way")
+    parser.add_argument("--results", type=Path, help="what is worth keeping of finished runs (default: --output)")
+    parser.add_argument("--status", action="store_true", help="list runs done, under way and missing, and stop")
+    parser.add_argument("--time", type=int, metavar="N", help="time N steps of each arm and stage in turn, and stop")
     parser.add_argument("--card", type=Path, metavar="DIR", help="write the first ToE model with its card there")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--epochs", type=int, default=15)
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--weight-decay", type=float, default=0.05)
+    parser.add_argument("--warmup", type=float, default=0.1, help="share of the training, below 1, or steps")
+    parser.add_argument("--label-smoothing", type=float, default=0.1)
+    parser.add_argument("--shift", type=int, default=4, help="pixels of padding that a crop moves in; 0: no crops")
+    parser.add_argument("--no-flip", dest="flip", action="store_false", help="never mirror images")
     parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--depth", type=int, default=8)
     parser.add_argument("--image-size", type=int, default=32)
@@ -193,7 +198,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--processes", type=int, default=os.cpu_count(), help="runs at a time (default: one per core)")
     parser.add_argument("--logging-steps", type=int, default=50)
     parser.add_argument("--gpu", action="store_true", help="use the GPU, in bfloat16; set --processes 1")
-    parser.add_argument("--no-flip", dest="flip", action="store_false", help="never mirror images")
     parser.add_argument("--smoke", action="store_true", help="digits, a tiny model, one seed, under two minutes")
     parser.add_argument("--run", nargs=2, metavar=("ARM", "SEED"), help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -202,25 +206,40 @@ def parse() -> argparse.Namespace:
         vars(args).update(small, dataset="digits", flip=False, compare=True, final=True, validation_rows=200)
         args.card = args.card or args.output / "card"
     args.flip = args.flip and args.dataset != "digits"
+    args.results = args.results or args.output
     return args
 
 
 def main() -> None:
     args = parse()
+    jobs = list_jobs(args)
+    if args.status:
+        show_status(args, jobs)
+        return
+    args.output.mkdir(parents=True, exist_ok=True)
+    args.results.mkdir(parents=True, exist_ok=True)
     if args.run:
         train(args, args.run[0], int(args.run[1]))
         return
     meta = run_meta()
-    args.output.mkdir(parents=True, exist_ok=True)
-    names = decode(args.dataset, "train", args.image_size, args.output / "decoded")[2]
-    jobs = [(arm, seed) for seed in args.seeds for arm in (ARMS if args.compare else ("toe",))]
-    jobs += [("fast", args.seeds[0])] if args.compare else []
+    images, labels, names = decode(args.dataset, "train", args.image_size, args.output / "decoded")
+    model = make_model(args, names)
+    print_bounds(args, model)
+    if args.time:
+        torch.set_num_threads(1)
+        torch.set_flush_denormal(True)
+        batches = Batches(images, labels, flip=args.flip, shift=args.shift)
+        show_timing(args, time_steps(args, model.train(), batches, len(labels)))
+        return
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends the runs as well
     train_all(args, jobs)
-    folders = [args.output / f"{arm}-{seed}" for arm, seed in jobs]
-    missing = [folder.name for folder in folders if not (folder / "run.json").exists()]
+    runs = {job: read_run(args, *job) for job in jobs}
+    missing = ", ".join(run_file(args, *job).stem for job, run in runs.items() if run is None)
     if missing:
-        raise SystemExit(f"{', '.join(missing)} did not finish; the same command goes on with them.")
-    results = report(args, folders, make_model(args, names), meta)
+        raise SystemExit(f"{missing} did not finish; the same command goes on with them.")
+    for run in runs.values():
+        finish_run(args, run)
+    results = report(args, list(runs.values()), model, meta)
     if args.card:
         write_checkpoint(args, results)
 

@@ -13,7 +13,6 @@ from datasets import ClassLabel, Dataset, Image, load_dataset
 from torch import Tensor
 
 
-SHIFT = 4  # pixels of padding that a training image may move within
 MEAN, STD = 0.5, 0.5  # maps bytes to [-1, 1], the image processor of a plain ViT
 
 
@@ -86,10 +85,11 @@ class Batches:
         images (`np.ndarray` of shape `(rows, 3, size, size)`): Bytes.
         labels (`np.ndarray` of shape `(rows,)`): Classes.
         flip (`bool`): Whether a mirrored image keeps its meaning (it does not for digits).
+        shift (`int`): Pixels of padding that a training image moves within.
     """
 
-    def __init__(self, images: np.ndarray, labels: np.ndarray, flip: bool = True):
-        self.images, self.flip = torch.from_numpy(np.array(images)), flip
+    def __init__(self, images: np.ndarray, labels: np.ndarray, flip: bool = True, shift: int = 4):
+        self.images, self.flip, self.shift = torch.from_numpy(np.array(images)), flip, shift
         self.labels = torch.from_numpy(labels).long()
 
     def __call__(self, rows: list[tuple[int, bool]]) -> dict[str, Tensor]:
@@ -102,10 +102,10 @@ class Batches:
         return {"pixel_values": pixels, "labels": self.labels[chosen]}
 
     def move(self, images: Tensor) -> Tensor:
-        """Shift every image by its own offset of at most `SHIFT` pixels and mirror half of them."""
+        """Shift every image by its own offset of at most `shift` pixels and mirror half of them."""
         batch, _, size, _ = images.shape
-        padded = torch.nn.functional.pad(images, [SHIFT] * 4)
-        offsets = torch.randint(0, 2 * SHIFT + 1, (2, batch, 1))
+        padded = torch.nn.functional.pad(images, [self.shift] * 4)
+        offsets = torch.randint(0, 2 * self.shift + 1, (2, batch, 1))
         lines = offsets[0] + torch.arange(size)  # (batch, size)
         columns = offsets[1] + torch.arange(size)
         if self.flip:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from toe_train_vit_data import MEAN, STD, Batches, Rows, decode
+from toe_train_vit_runs import run_file
 from transformers import AutoModelForImageClassification, PreTrainedModel, ViTImageProcessorPil
 
 from hf_efficient import ToEConfig
@@ -19,27 +20,53 @@ from hf_efficient.metrics import load_metric
 from hf_efficient.results import write_whole
 from hf_efficient.toe import speedup_bound
 from hf_efficient.toe.cost_toe import count_patches
-from hf_efficient.toe.figures_toe import plot_accuracy
+from hf_efficient.toe.figures_toe import plot_accuracy, plot_expansion
 
 
+PRESETS = ("deit", "lv-vit", "efficient-train", "fast")
+BOUND = (
+    "The bound counts multiply-adds of the patch projection and of all layers (linear maps and attention), forward "
+    "and backward. Head, normalisation, activations, optimiser and data are outside it, and all arms pay them, as ToE "
+    "alone pays its selection: what they cost keeps a measured ratio below the bound."
+)
 WORDS = {"full": "all tokens", "toe": "ToE", "random": "random drop", "fast": "ToE, faster preset"}
 
 
-def measure_test(args: argparse.Namespace, folder: Path, run: dict[str, Any]) -> None:
-    """Accuracy on the test split, of the weights rounded as they are published; stored with the run."""
-    if "test_accuracy" in run:
-        return
+def measure_test(args: argparse.Namespace, folder: Path) -> dict[str, float]:
+    """Accuracy on the test split, of the weights rounded as they are published."""
     images, labels, _ = decode(args.dataset, "test", args.image_size, args.output / "decoded")
-    model = AutoModelForImageClassification.from_pretrained(folder / "model").half().float().eval()
+    model = AutoModelForImageClassification.from_pretrained(folder).half().float().eval()
     rows, collate, metric = Rows(0, len(labels), augment=False), Batches(images, labels), load_metric("accuracy")
     for start in range(0, len(rows), 250):
         batch = collate([rows[i] for i in range(start, min(start + 250, len(rows)))])
         with torch.inference_mode():
             logits = model(pixel_values=batch["pixel_values"]).logits
         metric.add_batch(predictions=logits.argmax(-1), references=batch["labels"])
-    run["test_accuracy"] = metric.compute()["accuracy"]
-    run["test_images"] = len(rows)
-    write_whole(folder / "run.json", json.dumps(run, indent=2) + "\n")
+    return {"test_accuracy": metric.compute()["accuracy"], "test_images": len(rows)}
+
+
+def finish_run(args: argparse.Namespace, run: dict[str, Any]) -> None:
+    """Measure a trained model on the test split, behind `--final` alone, and keep the figures of the run."""
+    file = run_file(args, run["arm"], run["seed"])
+    if args.final and "test_accuracy" not in run:
+        places = [args.output / f"{run['arm']}-{run['seed']}" / "model"]
+        places += [args.results / "weights"] if (run["arm"], run["seed"]) == ("toe", args.seeds[0]) else []
+        found = [place for place in places if (place / "config.json").exists()]
+        if not found:
+            raise SystemExit(f"{file.stem} has no weights left to test; remove {file} to train it again.")
+        run |= measure_test(args, found[0])
+    write_whole(file, json.dumps(run, indent=1) + "\n")
+
+
+def print_bounds(args: argparse.Namespace, model: PreTrainedModel) -> None:
+    """What the multiply-adds of every preset allow for this model."""
+    patches = count_patches(model, torch.zeros(1, 3, args.image_size, args.image_size))
+    for name in PRESETS:
+        bound, shares = speedup_bound(model, patches, ToEConfig.preset(name))
+        print(
+            f"bound of {name}: {bound:.3f} times as fast; stages cost {', '.join(f'{s:.3f}' for s in shares)} of full"
+        )
+    print(BOUND)
 
 
 def spread(values: list[float], digits: int = 2) -> str:
@@ -57,45 +84,45 @@ def make_table(args: argparse.Namespace, runs: list[dict], model: PreTrainedMode
     """One row an arm: time, ratio next to its bound, accuracy, time to the accuracy of full tokens."""
     patches = count_patches(model, torch.zeros(1, 3, args.image_size, args.image_size))
     arms = {run["arm"]: [other for other in runs if other["arm"] == run["arm"]] for run in runs}
-    full = {run["seed"]: run["cpu_seconds"] for run in arms.get("full", [])}
-    target = statistics.mean(r["validation_accuracy"] for r in arms["full"]) if full else None
-    columns = ["arm", "runs", "CPU minutes", "times as fast", "bound", "share of bound, %", "validation, %"]
+    full = {run["seed"]: run for run in arms.get("full", [])}
+    target = statistics.mean(run["validation_accuracy"] for run in full.values()) if full else None
+    clock, unit = ("wall_seconds", "minutes") if args.gpu else ("cpu_seconds", "CPU minutes")
+    columns = ["arm", "runs", unit, "times as fast", "by yardstick", "bound", "share of bound, %", "validation, %"]
     columns += (["test, %"] if args.final else []) + ["CPU minutes to the accuracy of all tokens"]
+
+    def speed(members: list[dict], name: str) -> float | None:
+        pairs = [(full[run["seed"]][name], run[name]) for run in members if run["seed"] in full]
+        return sum(a for a, _ in pairs) / sum(b for _, b in pairs) if pairs and all(map(all, pairs)) else None
+
     rows, figures = [], {}
     for arm, members in arms.items():
-        preset = members[0]["preset"]
+        preset = members[0]["recipe"]["preset"]
         bound = speedup_bound(model, patches, ToEConfig.preset(preset))[0] if preset else 1.0
-        same = [run for run in members if run["seed"] in full]
-        spent = sum(run["cpu_seconds"] for run in same)
-        speed = sum(full[run["seed"]] for run in same) / spent if same else None
+        ratios = [speed(members, name) for name in (clock, "yardsticks")]
         reached = [] if target is None else [time_to(run, target) for run in members]
         minutes = [seconds / 60 for seconds in reached if seconds is not None]
-        row = [WORDS[arm], len(members), spread([run["cpu_seconds"] / 60 for run in members], 1)]
-        row += [f"{speed:.3f}" if speed else "", f"{bound:.3f}", f"{100 * speed / bound:.1f}" if speed else ""]
+        row = [WORDS[arm], len(members), spread([run[clock] / 60 for run in members], 1)]
+        row += [f"{ratio:.3f}" if ratio else "" for ratio in ratios]
+        row += [f"{bound:.3f}", f"{100 * ratios[0] / bound:.1f}" if ratios[0] else ""]
         row.append(spread([100 * run["validation_accuracy"] for run in members]))
         row += [spread([100 * run["test_accuracy"] for run in members])] if args.final else []
         rows.append(
             [*row, f"{spread(minutes, 1)} ({len(minutes)} of {len(members)} runs)" if minutes else "not reached"]
         )
-        figures[arm] = {"speedup": speed, "bound": bound, "share_of_bound": speed / bound if speed else None}
+        figures[arm] = {"speedup": ratios[0], "speedup_by_yardstick": ratios[1], "bound": bound}
+        figures[arm]["share_of_bound"] = ratios[0] / bound if ratios[0] else None
     return {"columns": columns, "rows": rows, "figures": figures, "target": target, "patches": patches}
 
 
-def report(args: argparse.Namespace, folders: list[Path], model: PreTrainedModel, meta: dict) -> dict[str, Any]:
+def report(args: argparse.Namespace, runs: list[dict], model: PreTrainedModel, meta: dict) -> dict[str, Any]:
     """Print the table, draw accuracy over time and write `results.json`."""
-    runs = []
-    for folder in folders:
-        run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-        if args.final:
-            measure_test(args, folder, run)
-        runs.append(run)
     table = make_table(args, runs, model)
     for line in [table["columns"], *table["rows"]]:
         print(" | ".join(str(cell) for cell in line))
-    plot_accuracy(runs, table["target"]).savefig(args.output / "accuracy_over_time.png", dpi=120)
+    plot_accuracy(runs, table["target"]).savefig(args.results / "accuracy_over_time.png", dpi=120)
     size = {"parameters": model.num_parameters(), "patches": table["patches"]}
     results = {"meta": meta, "dataset": Path(args.dataset).name, **size, "table": table, "runs": runs}
-    write_whole(args.output / "results.json", json.dumps(results, indent=2) + "\n")
+    write_whole(args.results / "results.json", json.dumps(results, indent=1) + "\n")
     return results
 
 
@@ -119,13 +146,19 @@ METHOD = (
 def write_checkpoint(args: argparse.Namespace, results: dict[str, Any]) -> None:
     """Plain ViT weights in fp16 of the first ToE run, image processor, `results.json` and card."""
     first = next(run for run in results["runs"] if run["arm"] == "toe")
-    model = AutoModelForImageClassification.from_pretrained(args.output / f"toe-{first['seed']}" / "model")
+    model = AutoModelForImageClassification.from_pretrained(args.results / "weights", dtype=torch.float16)
     args.card.mkdir(parents=True, exist_ok=True)
-    model.half().save_pretrained(args.card)
+    model.save_pretrained(args.card)
     side = {"height": args.image_size, "width": args.image_size}
     ViTImageProcessorPil(size=side, image_mean=[MEAN] * 3, image_std=[STD] * 3).save_pretrained(args.card)
-    (args.card / "accuracy_over_time.png").write_bytes((args.output / "accuracy_over_time.png").read_bytes())
+    (args.card / "accuracy_over_time.png").write_bytes((args.results / "accuracy_over_time.png").read_bytes())
+    images, labels, _ = decode(args.dataset, "train", args.image_size, args.output / "decoded")
+    images, labels = images[-4:], labels[-4:]  # of the validation rows
+    pixels = Batches(images, labels)([(row, False) for row in range(len(images))])["pixel_values"]
+    kept = plot_expansion(model.float(), pixels, list(images.transpose(0, 2, 3, 1)), ToEConfig.preset(args.preset))
+    kept.savefig(args.card / "kept_tokens.png", dpi=100)
     name = f"vit-toe-{results['dataset']}"
+    machines = sorted({machine for run in results["runs"] for machine in run["machines"]})
     metrics = [
         {"dataset": results["dataset"], "split": split, "type": "accuracy", "value": first[key], "name": words}
         for key, split, words in (
@@ -140,12 +173,15 @@ def write_checkpoint(args: argparse.Namespace, results: dict[str, Any]) -> None:
             "columns": results["table"]["columns"],
             "rows": results["table"]["rows"],
             "note": "Mean ± standard deviation over seeds. Time is process CPU time of the training epochs on one "
-            "thread; the bound is what the schedule's multiply-adds allow.",
+            f"thread, data and optimiser included; runs on: {', '.join(machines)}. The yardstick is the time of one "
+            "plain pass, forward and backward, taken around every epoch: a ratio by it holds across machines. "
+            + BOUND,
         }
     ]
-    extra = args.output / "finetune" / "table.json"  # of toe_finetune_vit.py
-    if extra.exists():
-        tables.append(json.loads(extra.read_text(encoding="utf-8")))
+    extra = sorted(args.results.glob("finetune*/table.json"))  # of toe_finetune_vit.py
+    tables += [json.loads(file.read_text(encoding="utf-8")) for file in extra]
+    timing = args.results / "timing.json"
+    timing = {"timing": json.loads(timing.read_text(encoding="utf-8"))} if timing.exists() else {}
     data = {"id": results["dataset"], "name": {"cifar10": "CIFAR-10, as JPEG"}.get(results["dataset"], name)}
     write_results(
         args.card,
@@ -165,10 +201,17 @@ def write_checkpoint(args: argparse.Namespace, results: dict[str, Any]) -> None:
             "tags": ["vit", "token-expansion"],
             "usage": USAGE.format(name=name),
             "tables": tables,
-            "pictures": [{"file": "accuracy_over_time.png", "caption": "Validation accuracy over training time"}],
+            "pictures": [
+                {"file": "accuracy_over_time.png", "caption": "Validation accuracy over training time"},
+                {
+                    "file": "kept_tokens.png",
+                    "caption": "Tokens that each stage keeps, in colour; the pale ones are merged into them",
+                },
+            ],
             "metrics": metrics,
             "runs": results["runs"],
             "seeds": args.seeds,
+            "details": {"figures": results["table"]["figures"], **timing},
             "limits": [
                 "Small images and a small network from scratch: the accuracies compare the arms with each other and "
                 "not with published ones.",

@@ -1,0 +1,104 @@
+"""Book-keeping of `examples/toe_train_vit.py`: a comparison that takes several sittings."""
+
+import argparse
+import importlib.util
+import json
+import sys
+
+import pytest
+
+
+@pytest.fixture(scope="module")
+def runs(repository):
+    spec = importlib.util.spec_from_file_location("runs", repository / "examples" / "toe_train_vit_runs.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def args(runs, tmp_path):
+    values = dict.fromkeys(runs.RECIPE, 1) | {"epochs": 15, "learning_rate": 1e-3}
+    values |= {
+        "dataset": "some/cifar10",
+        "preset": "deit",
+        "fast_preset": "fast",
+        "seeds": [0, 1],
+        "compare": True,
+        "arms": None,
+    }
+    values |= {"output": tmp_path / "output", "results": tmp_path / "results", "processes": 2, "final": False}
+    (tmp_path / "results").mkdir()
+    return argparse.Namespace(**values)
+
+
+def finish(runs, args, arm, seed, hours):
+    run = {"arm": arm, "seed": seed, "cpu_seconds": 3600 * hours, "recipe": runs.make_recipe(args, arm)}
+    runs.run_file(args, arm, seed).write_text(json.dumps(run))
+
+
+def stop_at(args, name, step, epoch, hours, whole=True):
+    folder = args.output / name / f"checkpoint-{step}"
+    folder.mkdir(parents=True)
+    log = [{"epoch": epoch, "cpu_seconds": 3600 * hours}, {"epoch": epoch, "eval_accuracy": 0.5}]
+    text = json.dumps({"epoch": epoch, "log_history": log})
+    (folder / "trainer_state.json").write_text(text if whole else text[:20])
+    return folder
+
+
+def test_jobs_of_a_comparison(runs, args):
+    arms = [("full", 0), ("toe", 0), ("random", 0), ("full", 1), ("toe", 1), ("random", 1), ("fast", 0)]
+    assert runs.list_jobs(args) == arms
+    args.compare = False
+    assert runs.list_jobs(args) == [("toe", 0), ("toe", 1)]
+    args.arms = ["full", "fast"]
+    assert runs.list_jobs(args) == [("full", 0), ("full", 1), ("fast", 0)]
+
+
+def test_status_lists_what_is_done_under_way_and_missing(runs, args, capsys):
+    finish(runs, args, "full", 0, 2.0)
+    stop_at(args, "full-1", 5, 5.0, 0.75)
+    stop_at(args, "toe-0", 3, 3.0, 0.25)
+    runs.show_status(args, runs.list_jobs(args))
+    lines = capsys.readouterr().out.splitlines()[1:]
+    assert "full-0 | done | 15 of 15 | 2.00 | 0.00" in lines
+    assert "full-1 | under way | 5 of 15 | 0.75 | 1.25" in lines  # by the finished run of its arm
+    assert "toe-0 | under way | 3 of 15 | 0.25 | ?" in lines
+    assert "random-1 | missing | 0 of 15 | 0.00 | ?" in lines
+    assert lines[-1] == "in all | | | 3.00 | 1.25 and more; --time measures it"
+    (args.results / "timing.json").write_text(json.dumps({"core_hours": {"toe": 1.5, "random": 1.25, "fast": 1.0}}))
+    runs.show_status(args, runs.list_jobs(args))
+    lines = capsys.readouterr().out.splitlines()[1:]
+    assert "toe-0 | under way | 3 of 15 | 0.25 | 1.25" in lines
+    assert lines[-1] == "in all | | | 3.00 | 7.50"  # 1.25 + 1.25 + 1.5 + 2 * 1.25 + 1.0
+
+
+def test_a_checkpoint_that_was_cut_short_is_passed_over(runs, args):
+    whole = stop_at(args, "toe-0", 352, 1.0, 0.1)
+    stop_at(args, "toe-0", 1056, 3.0, 0.3, whole=False)
+    (args.output / "toe-0" / "checkpoint-704").mkdir()  # without the file that is written last
+    assert runs.last_checkpoint(args.output / "toe-0")[0] == whole
+    assert runs.last_checkpoint(args.output / "toe-1") is None
+
+
+@pytest.mark.parametrize("name", ["learning_rate", "epochs", "preset", "dataset"])
+def test_runs_of_another_recipe_are_no_part_of_the_comparison(name, runs, args):
+    finish(runs, args, "toe", 0, 1.0)
+    before = {"learning_rate": 1e-3, "epochs": 15, "preset": "'deit'", "dataset": "'cifar10'"}[name]
+    setattr(args, name, "other")
+    with pytest.raises(SystemExit, match=f"run-toe-0.json is of a run with {name} {before}, not 'other'; give the sa"):
+        runs.train_all(args, runs.list_jobs(args))
+
+
+def test_only_missing_runs_are_started(runs, args, capsys, monkeypatch):
+    for arm, seed in runs.list_jobs(args):
+        if (arm, seed) not in {("toe", 1), ("fast", 0)}:
+            finish(runs, args, arm, seed, 1.0)
+    # a stand-in for the script: it notes its run, and the one of the fast preset fails
+    script = args.output.parent / "script.py"
+    script.write_text("import sys\nopen(sys.argv[2] + sys.argv[3], 'w')\nsys.exit(sys.argv[2] == 'fast')\n")
+    monkeypatch.setattr(sys, "argv", [str(script)])
+    monkeypatch.chdir(args.output.parent)
+    runs.train_all(args, runs.list_jobs(args))
+    assert sorted(path.name for path in args.output.parent.glob("*[0-9]")) == ["fast0", "toe1"]
+    assert sorted(capsys.readouterr().out.splitlines()) == ["fast-0: failed, start again to go on", "toe-1: done"]
