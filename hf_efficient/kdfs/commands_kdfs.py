@@ -1,6 +1,9 @@
 """`hf-efficient prune` and `optimum-cli prune kdfs`: the pass from the command line."""
 
 import argparse
+import io
+import os
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -93,8 +96,15 @@ def run_prune(arguments: argparse.Namespace) -> dict[str, Any]:
         raise ValueError(f"--epochs must be above 0, but is {arguments.epochs:g}.")
     if arguments.batch_size < 1:
         raise ValueError(f"--batch-size must be at least 1, but is {arguments.batch_size}.")
+    if arguments.learning_rate <= 0:
+        raise ValueError(f"--learning-rate must be above 0, but is {arguments.learning_rate:g}.")
+    if arguments.seed < 0:
+        raise ValueError(f"--seed must be at least 0, but is {arguments.seed}.")
     output = Path(arguments.output)
+    _check_output(output)
     remote = {"trust_remote_code": True} if arguments.trust_remote_code else {}
+    for option, name in (("--model", arguments.model), ("--teacher", arguments.teacher)):
+        _check_classifier(option, name, remote)
     pruner = KDFSPruner.from_pretrained(arguments.model, teacher=arguments.teacher, **remote)
     if pruner.processing_class is None:
         raise ValueError(
@@ -120,9 +130,9 @@ def run_prune(arguments: argparse.Namespace) -> dict[str, Any]:
         seed=arguments.seed,
         disable_tqdm=bool(getattr(arguments, "quiet", False)),
     )
-    folder = pruner.prune(
-        output, config, train, args=args, data_collator=ImageCollator(augment=not arguments.no_augment)
-    )
+    collator = ImageCollator(augment=not arguments.no_augment)
+    with redirect_stdout(io.StringIO()):  # the Trainer prints its logs
+        folder = pruner.prune(output, config, train, args=args, data_collator=collator)
     report = dict(pruner.report)
     lines = [format_widths(report)]
     if test is not None:
@@ -145,19 +155,44 @@ def run_prune(arguments: argparse.Namespace) -> dict[str, Any]:
     return {**report, "text": "\n".join(lines)}
 
 
+def _check_output(output: Path) -> None:
+    """Refuse a folder that cannot be written before the training."""
+    if output.is_file():
+        raise ValueError(f"--output {output} is a file; name a folder.")
+    above = next(path for path in (output.absolute(), *output.absolute().parents) if path.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        why = "cannot be written" if above.is_dir() else "is a file"
+        raise ValueError(f"--output {output} cannot be made: {above} {why}; name another folder.")
+
+
+def _check_classifier(option: str, name: str | None, remote: dict[str, Any]) -> None:
+    """Refuse what is no checkpoint of an image classifier before its weights are read."""
+    from transformers import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING, AutoConfig
+
+    if name is None:
+        return
+    try:
+        config = AutoConfig.from_pretrained(name, **remote)
+    except (OSError, ValueError, KeyError) as error:
+        where = "holds no configuration" if Path(name).is_dir() else "is no folder here and no Hub id"
+        reason = str(error).strip().split("\n")[0].split(". ")[0].rstrip(".")
+        raise ValueError(f"{option} {name} {where} that could be loaded ({reason}).") from error
+    known = type(config) in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
+    if not known and "AutoModelForImageClassification" not in (getattr(config, "auto_map", None) or {}):
+        raise ValueError(f"{option} {name} is no image classifier, but of type {config.model_type!r}; name another.")
+
+
 def _load_data(arguments: argparse.Namespace, processor: Any, config: Any) -> tuple[Any, Any]:
     """Training and evaluation rows that turn into `pixel_values` and `labels` when they are read."""
-    from datasets import Image, load_dataset
+    from datasets import Image
 
     path = Path(arguments.dataset)
-    if path.is_file():
-        data = load_dataset("parquet", data_files={arguments.train_split: str(path)})
-    elif path.is_dir() and list(path.glob("*.parquet")):
-        data = load_dataset("parquet", data_files={file.stem: str(file) for file in sorted(path.glob("*.parquet"))})
-    elif path.is_dir():
-        data = load_dataset("imagefolder", data_dir=str(path))
-    else:
-        data = load_dataset(arguments.dataset)
+    try:
+        data = _read(path, arguments)
+    except Exception as error:  # datasets and pyarrow have many
+        where = "could not be read" if path.exists() else "is no file or folder here and no Hub id that could be read"
+        reason = str(error).strip().split("\n")[0].split(". ")[0].rstrip(".")
+        raise ValueError(f"--dataset {arguments.dataset} {where} ({reason}).") from error
     if arguments.train_split not in data:
         raise ValueError(f"--train-split {arguments.train_split} is not in the dataset; it has {', '.join(data)}.")
     features = data[arguments.train_split].features
@@ -187,6 +222,19 @@ def _load_data(arguments: argparse.Namespace, processor: Any, config: Any) -> tu
         raise ValueError(f"--eval-split {held_out} is not in the dataset; it has {', '.join(data)}.")
     test = data[held_out].with_transform(prepare) if held_out else None
     return data[arguments.train_split].with_transform(prepare), test
+
+
+def _read(path: Path, arguments: argparse.Namespace) -> Any:
+    """The dataset by splits."""
+    from datasets import load_dataset
+
+    if path.is_file():
+        return load_dataset("parquet", data_files={arguments.train_split: str(path)})
+    if path.is_dir() and list(path.glob("*.parquet")):
+        return load_dataset("parquet", data_files={file.stem: str(file) for file in sorted(path.glob("*.parquet"))})
+    if path.is_dir():
+        return load_dataset("imagefolder", data_dir=str(path))
+    return load_dataset(arguments.dataset)
 
 
 def _holds_bytes(kind: Any) -> bool:

@@ -1,5 +1,7 @@
 """Configuration of the 6n+2-layer CIFAR ResNets."""
 
+from typing import Any
+
 from transformers import PreTrainedConfig
 
 
@@ -34,6 +36,14 @@ class CifarResNetConfig(PreTrainedConfig):
             raise ValueError(
                 f"`hidden_sizes` must be three growing widths, but is {self.hidden_sizes}; use [16, 32, 64]."
             )
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """Modifications: labels are always written; two of them, transformers' default, would be read as ten.
+
+        Returns:
+            `dict`: What `config.json` holds.
+        """
+        return {**super().to_diff_dict(), "id2label": dict(self.id2label), "label2id": dict(self.label2id)}
 
     @property
     def blocks_per_stage(self) -> int:

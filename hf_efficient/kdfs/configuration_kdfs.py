@@ -140,7 +140,7 @@ class KDFSConfig(BaseConfig):
         for name, (rule, holds) in RULES.items():
             value = getattr(self, name)
             if not holds(value):
-                raise ValueError(f"`{name}` must be {rule}, but is {value!r}; set it in KDFSConfig.")
+                raise ValueError(f"`{name}` must be {rule}, but is {value!r}; give another value.")
 
     @property
     def keep_share(self) -> float:

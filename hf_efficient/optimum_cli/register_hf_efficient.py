@@ -27,14 +27,16 @@ class KDFSCommand(BaseOptimumCLICommand):
 
     def run(self) -> None:
         """Prune; wrong input ends with one sentence and exit code 2."""
+        from hf_efficient.cli import describe
         from hf_efficient.kdfs.commands_kdfs import Prune
 
+        typed = {name: f"--{name.replace('_', '-')}" for name in vars(self.args)}
         try:
             report = Prune.run(self.args)
         except (ValueError, OSError, ImportError) as error:
             if os.environ.get("HF_EFFICIENT_TRACEBACK"):
                 raise
-            sys.stderr.write(f"optimum-cli prune kdfs: error: {' '.join(str(error).split())}\n")
+            sys.stderr.write(f"optimum-cli prune kdfs: error: {describe(error, typed)}\n")
             sys.exit(2)
         sys.stdout.write(report["text"] + "\n")
 

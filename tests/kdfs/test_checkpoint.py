@@ -11,7 +11,13 @@ from local_hub import LocalHub
 from PIL import Image
 from transformers import AutoModel, AutoModelForImageClassification, Trainer, ViTImageProcessor
 
-from hf_efficient import KDFSPrunedConfig, KDFSPrunedModel, KDFSPrunedModelForImageClassification
+from hf_efficient import (
+    CifarResNetConfig,
+    CifarResNetForImageClassification,
+    KDFSPrunedConfig,
+    KDFSPrunedModel,
+    KDFSPrunedModelForImageClassification,
+)
 from hf_efficient.kdfs.modeling_kdfs_pruned import export_onnx
 
 
@@ -74,6 +80,16 @@ def test_fresh_weights_are_weights(network, slice_randomly, family):
             assert spread < 3 * expected + 1e-6, name
             assert spread > expected / 3 - 1e-6, name
     assert torch.isfinite(fresh(torch.randn(2, *shape)).logits).all()
+
+
+@pytest.mark.parametrize("labels", [2, 3, 10])
+def test_any_number_of_labels_survives(tmp_path, labels):
+    """transformers leaves its default of two labels out of the file, where ten are the default of this network."""
+    model = CifarResNetForImageClassification(CifarResNetConfig(depth=8, hidden_sizes=[4, 4, 4], num_labels=labels))
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForImageClassification.from_pretrained(tmp_path)
+    assert loaded.config.id2label == model.config.id2label
+    assert torch.equal(loaded.classifier.weight, model.classifier.weight)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
