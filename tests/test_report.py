@@ -324,9 +324,7 @@ def test_sparse_llava_and_vit_are_left_as_they_were(sparse_llava, question):
     assert sparse_llava.model.last_sparsity is record
     assert sparse_llava.training
     question["input_ids"][0, 1] = 2  # an image token too few
-    with pytest.raises(
-        ValueError, match=r"must fit the forward pass of DynamicLlava.*: Image features and image tokens do not match"
-    ):
+    with pytest.raises(ValueError, match="Image features and image tokens do not match"):
         efficiency_report(sparse_llava, question, repeats=1)
     assert sparse_llava.config.to_dict() == settings
     vit = make_vit().eval()
