@@ -393,20 +393,16 @@ def judge(phases: list[Phase], parameters: dict[str, int]) -> tuple[str, tuple[s
     faster = [phase for phase in compared if phase.faster]
     parts = [f"{_words(phase)} as fast in {phase.name}" for phase in faster]
     gains = [phase.name for phase in faster]
-    sizes = {"parameters": parameters["model"] / max(parameters["baseline"], 1)}
+    sizes = [("parameters", "", parameters["model"] / max(parameters["baseline"], 1))]
     for name, field in (("cache bytes", "cache_bytes"), ("peak memory", "peak_bytes")):
-        ratios = [
-            getattr(phase.model, field) / getattr(phase.baseline, field)
-            for phase in compared
+        for phase in compared:
+            own, base = getattr(phase.model, field), getattr(phase.baseline, field)
             # resident memory of a process is too rough for a verdict
-            if getattr(phase.baseline, field)
-            and getattr(phase.model, field) is not None
-            and (name == "cache bytes" or "cpu" not in phase.clocks)
-        ]
-        if ratios:
-            sizes[name] = max(ratios)
-    smaller = {name: ratio for name, ratio in sizes.items() if ratio < 1 - MARGIN}
-    parts += [f"{ratio:.2f} of the {name}" for name, ratio in smaller.items()]
+            if own is not None and base and (name == "cache bytes" or "cpu" not in phase.clocks):
+                sizes.append((name, f" in {phase.name}", own / base))
+    smaller = [(name, where, ratio) for name, where, ratio in sizes if ratio < 1 - MARGIN]
+    parts += [f"{ratio:.2f} of the {name}{where}" for name, where, ratio in smaller]
+    gains += dict.fromkeys(name for name, _, _ in smaller)
     verdict = "Gain: " + ", ".join(parts) + "." if parts else ""
     unjudged = [phase for phase in compared if not phase.judged]
     if unjudged:
@@ -420,13 +416,13 @@ def judge(phases: list[Phase], parameters: dict[str, int]) -> tuple[str, tuple[s
     verdict = verdict.strip()
     if not parts and not unjudged:
         verdict = f"No gain. {verdict}"
-    return verdict, (*gains, *smaller)
+    return verdict, tuple(gains)
 
 
 def _words(phase: Phase) -> str:
     """The careful speed-up, both where the clocks disagree, and the multiply-adds where they promised more."""
-    words = f"{phase.careful_speedup().median:.2f}x"
-    if len({phase.says_faster(clock) for clock in phase.clocks}) > 1:
+    words = f"{phase.careful_speedup():.2f}x"
+    if not phase.slower and len({phase.says_faster(clock) for clock in phase.clocks}) > 1:
         words = (
             f"{phase.speedup('wall').median:.2f}x by the wall clock, {phase.speedup('cpu').median:.2f}x by CPU time"
         )

@@ -116,9 +116,10 @@ class Phase:
         skipped = outliers(len(ratios))
         return Ratio(statistics.median(ratios), ratios[skipped], ratios[-1 - skipped])
 
-    def careful_speedup(self) -> Ratio:
-        """The worse one of the clocks that count."""
-        return min((self.speedup(clock) for clock in self.clocks), key=lambda ratio: ratio.median)
+    def careful_speedup(self) -> float:
+        """Median of the clock that sees least: of a slow-down, where there is one, else of a gain."""
+        slower = [self.speedup(clock).median for clock in self.clocks if self.says_slower(clock)]
+        return max(slower) if slower else min(self.speedup(clock).median for clock in self.clocks)
 
     @property
     def judged(self) -> bool:
@@ -141,9 +142,17 @@ class Phase:
 
     @property
     def slower(self) -> bool:
-        """`bool`: Some clock says so as clearly as `faster` would."""
-        ratios = [self.speedup(clock) for clock in self.clocks]
-        return self.judged and any(ratio.median < 1 / (1 + MARGIN) and ratio.high < 1 for ratio in ratios)
+        """`bool`: Whether some clock says so."""
+        return any(self.says_slower(clock) for clock in self.clocks)
+
+    def says_slower(self, clock: str) -> bool:
+        """Whether the median is below 1 by more than the margin, and the whole interval is below 1.
+
+        Args:
+            clock (`str`): `"wall"` or `"cpu"`.
+        """
+        ratio = self.speedup(clock)
+        return self.judged and ratio.median < 1 / (1 + MARGIN) and ratio.high < 1
 
     def to_dict(self) -> dict[str, Any]:
         """Fields and ratios, ready for JSON."""

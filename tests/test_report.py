@@ -381,8 +381,15 @@ def test_interval_of_the_median(rounds, skipped):
         ([1.5, 1.5, 1.5, 1.5, 0.9], None, {}, "No gain. No gain in time, within noise: prefill (1.50x with", ()),
         ([1.02] * 5, None, {"macs": 100}, "No gain. No gain in time, within noise: prefill (1.02x).", ()),
         ([0.8] * 5, None, {"macs": 100}, "No gain. Slower: prefill (0.80x).", ()),
+        ([0.7, 1.4, 0.7, 1.4, 0.7], [0.9] * 5, {"macs": 100}, "No gain. Slower: prefill (0.90x).", ()),
         ([1.5] * 4, None, {}, "Not judged: time, with fewer than 5 rounds.", ()),
-        ([0.8] * 5, None, {"cache_bytes": 40}, "Gain: 0.40 of the cache bytes. Slower: prefill", ("cache bytes",)),
+        (
+            [0.8] * 5,
+            None,
+            {"cache_bytes": 40},
+            "Gain: 0.40 of the cache bytes in prefill. Slower: prefill",
+            ("cache bytes",),
+        ),
     ],
 )
 def test_verdict(speedups, cpu, costs, verdict, gains):
