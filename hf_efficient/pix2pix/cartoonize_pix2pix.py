@@ -7,9 +7,12 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
+from .image_processing_pix2pix import deep_to_grey
+
 
 METHODS = ("bilateral", "palette", "mean_shift")
 MAX_STRENGTH = 5
+_CHUNK = 2**18  # pixels compared with the palette at a time: bounds the memory of large photographs
 _WORKING_SIDE = 256  # pixels; larger images are filtered at this shorter side, so a strength looks alike at any size
 
 
@@ -58,14 +61,9 @@ def _cartoonize_image(image: Image.Image, method: str, strength: int) -> Image.I
         return image.copy()
     image = ImageOps.exif_transpose(image)
     has_alpha = image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info
-    if image.mode in ("L", "1", "RGB", "RGBA"):
-        mode = {"1": "L"}.get(image.mode, image.mode)
-    else:
-        mode = "RGBA" if has_alpha else "RGB"
-    if image.mode.startswith("I"):  # 16 bits a pixel, grey
-        array = np.asarray(image).astype(np.float32)
-        image = Image.fromarray((array / (257 if array.max() > 255 else 1)).clip(0, 255).astype(np.uint8))
-        mode = "L"
+    if image.mode.startswith("I") or image.mode == "F":
+        image, has_alpha = Image.fromarray(deep_to_grey(image)), False
+    mode = "RGBA" if has_alpha else "L" if image.mode in ("L", "1") else "RGB"
     return Image.fromarray(_cartoonize_array(np.asarray(image.convert(mode)), method, strength))
 
 
@@ -143,8 +141,12 @@ def _palette(cv2: Any, rgb: np.ndarray, strength: int) -> np.ndarray:
     palette = cv2.cvtColor(centres.round().astype(np.uint8)[None], cv2.COLOR_LAB2RGB)[0]
     full = cv2.cvtColor(cv2.medianBlur(rgb, 3 if strength < 4 else 5), cv2.COLOR_RGB2LAB).astype(np.float32)
     flat = full.reshape(-1, 3)
-    distance = (centres**2).sum(1) - 2 * flat @ centres.T  # (pixels, colours), up to each pixel's own norm
-    return palette[distance.argmin(1)].reshape(rgb.shape)
+    nearest = np.empty(len(flat), np.intp)
+    for start in range(0, len(flat), _CHUNK):
+        part = flat[start : start + _CHUNK]
+        distance = (centres**2).sum(1) - 2 * part @ centres.T  # (pixels, colours), up to each pixel's own norm
+        nearest[start : start + _CHUNK] = distance.argmin(1)
+    return palette[nearest].reshape(rgb.shape)
 
 
 def _mean_shift(cv2: Any, rgb: np.ndarray, strength: int) -> np.ndarray:

@@ -1,12 +1,13 @@
-"""Sample sheets: rows of pictures under column titles, drawn with Pillow alone."""
+"""Pictures in files, and sample sheets: rows of pictures under column titles, drawn with Pillow alone."""
 
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 
 
 _MARGIN, _TITLE = 4, 18  # pixels between pictures and for a line of text
@@ -52,6 +53,27 @@ def sample_sheet(
     return sheet
 
 
+def read_picture(path: str | os.PathLike) -> Image.Image:
+    """Read a picture as it is seen.
+
+    Args:
+        path (`str` or `os.PathLike`): Its file.
+
+    Returns:
+        `PIL.Image.Image`: Upright, of the file's mode.
+
+    Raises:
+        ValueError: If the file cannot be read as a picture; the sentence names it.
+    """
+    try:
+        with Image.open(path) as picture:
+            return ImageOps.exif_transpose(picture)
+    except UnidentifiedImageError as error:
+        raise ValueError(f"{path} is no picture") from error
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{path} is no readable picture: {error}") from error
+
+
 def save_picture(picture: Image.Image, path: str | os.PathLike) -> Path:
     """Write a picture that is there whole or not at all.
 
@@ -62,12 +84,25 @@ def save_picture(picture: Image.Image, path: str | os.PathLike) -> Path:
     Returns:
         `pathlib.Path`: The file.
     """
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    return write_whole(path, picture.save)
+
+
+def write_whole(path: str | os.PathLike, write: Callable[[str], Any]) -> Path:
+    """Write a file that is there whole or not at all.
+
+    Args:
+        path (`str` or `os.PathLike`): The file.
+        write (`Callable`): Writes its content to the path that it is called with, which ends like `path`.
+
+    Returns:
+        `pathlib.Path`: The file.
+    """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(suffix=path.suffix, prefix=".saving-", dir=path.parent)
     os.close(handle)
     try:
-        picture.save(temporary)
+        write(temporary)
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     except BaseException:

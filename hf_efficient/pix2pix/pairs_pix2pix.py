@@ -7,11 +7,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps
 from torch.utils.data import Dataset
 
 from .cartoonize_pix2pix import MAX_STRENGTH, METHODS, cartoonize
-from .image_processing_pix2pix import Pix2PixImageProcessor
+from .figures_pix2pix import read_picture
+from .image_processing_pix2pix import Pix2PixImageProcessor, to_rgb
 
 
 _ENDINGS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
@@ -101,9 +102,12 @@ class ImagePairs(Dataset):
             `tuple[PIL.Image.Image, PIL.Image.Image]`: Source and target.
 
         Raises:
-            ValueError: If a picture is missing or both have unequal sizes.
+            ValueError: If a picture is missing or unreadable, or both have unequal sizes.
         """
-        record = self.rows[row]
+        try:
+            record = self.rows[row]
+        except (OSError, SyntaxError) as error:
+            raise ValueError(f"Row {row} cannot be read: {error}") from error
         target = _as_image(record[self.target_column], row, self.target_column)
         if self.source_column is None:
             return cartoonize(target, method=self.method, strength=self.strength), target
@@ -160,11 +164,7 @@ class SideBySideFolder(Sequence):
 
     def __getitem__(self, row: int) -> dict[str, Image.Image]:
         path = self.files[row]
-        try:
-            with Image.open(path) as picture:
-                picture.load()
-        except (UnidentifiedImageError, OSError, SyntaxError) as error:
-            raise ValueError(f"{path} is no readable picture: {error}") from error
+        picture = read_picture(path)
         if picture.width % 2:
             raise ValueError(
                 f"{path} must hold two images of one size side by side; its width of {picture.width} pixels is odd."
@@ -177,7 +177,7 @@ class SideBySideFolder(Sequence):
 
 def _as_image(value: Any, row: int, column: str) -> Image.Image:
     if isinstance(value, np.ndarray):
-        return Image.fromarray(value)
+        return to_rgb(value)
     if isinstance(value, Image.Image):
-        return value
+        return ImageOps.exif_transpose(value)
     raise ValueError(f"Row {row}: the column {column!r} must hold images, got {type(value).__name__}.")

@@ -4,15 +4,12 @@ import base64
 import html
 import io
 import json
-import os
-import tempfile
 from importlib import import_module
 from pathlib import Path
-from typing import Any
 
 from PIL import Image
 
-from .figures_pix2pix import save_picture
+from .figures_pix2pix import save_picture, write_whole
 from .robustness_pix2pix import FIGURES, PAPER_PIXEL_DISSIMILARITY, RobustnessReport
 
 
@@ -178,23 +175,26 @@ def _plot(report: RobustnessReport, name: str) -> str:
     """Draw one figure by severity as SVG whose text follows the theme."""
     curves = {(m, c): report.curve(m, c, name) for m in report.models for c in report.methods}
     values = [value for curve in curves.values() for value in curve.values()]
+    if not values:  # PSNR where every image is identical
+        return ""
     severities = sorted({severity for curve in curves.values() for severity in curve})
     low, high = min(values), max(values)
     span, steps = (high - low) or abs(high) or 1.0, max(len(severities) - 1, 1)
 
     def place(severity: int, value: float) -> tuple[float, float]:
-        return 52 + 296 * severities.index(severity) / steps, 196 - 172 * (value - low) / span
+        return 62 + 286 * severities.index(severity) / steps, 196 - 172 * (value - low) / span
 
     title = html.escape(FIGURES.get(name, (name,))[0])
     parts = [f'<svg viewBox="0 0 360 236" role="img" aria-label="{title} by severity">']
     for value in (low, low + span / 2, low + span):
         y = place(severities[0], value)[1]
-        parts.append(f'<line class="axis" x1="48" y1="{y:.1f}" x2="352" y2="{y:.1f}"/>')
-        parts.append(f'<text x="44" y="{y + 4:.1f}" font-size="11" text-anchor="end">{value:.3g}</text>')
+        parts.append(f'<line class="axis" x1="58" y1="{y:.1f}" x2="352" y2="{y:.1f}"/>')
+        shown = f"{value:.3g}" if abs(value) > span / 1000 else "0"  # a rounding error has a long name
+        parts.append(f'<text x="54" y="{y + 4:.1f}" font-size="11" text-anchor="end">{shown}</text>')
     for severity in severities:
         x = place(severity, low)[0]
         parts.append(f'<text x="{x:.1f}" y="214" font-size="11" text-anchor="middle">{severity}</text>')
-    parts.append('<text x="200" y="231" font-size="11" text-anchor="middle">severity</text>')
+    parts.append('<text x="205" y="231" font-size="11" text-anchor="middle">severity</text>')
     for (model, method), curve in curves.items():
         colour, dash, mark = _style(report, model, method)
         points = [place(severity, value) for severity, value in sorted(curve.items())]
@@ -206,36 +206,37 @@ def _plot(report: RobustnessReport, name: str) -> str:
     return f"<figure>{''.join(parts)}</svg><figcaption>{_caption(name)}</figcaption></figure>"
 
 
-def _table(columns: list[str], rows: list[list[str]]) -> str:
-    """Set a table whose cells are ready-made `<td>`s or plain text."""
+def _table(columns: list[str], rows: list[list[str]], framed: list[int | None] | None = None) -> str:
+    """Set a table of plain text; `framed` names for each row the column of a cell that gets a frame."""
     head = "".join(f'<th scope="col">{html.escape(column)}</th>' for column in columns)
     body = []
-    for row in rows:
-        cells = [cell if cell.startswith("<td") else f"<td>{html.escape(cell)}</td>" for cell in row]
+    for row, home in zip(rows, framed or [None] * len(rows)):
+        marks = ['<td class="home">' if column == home else "<td>" for column in range(len(row))]
+        cells = [f"{mark}{html.escape(cell)}</td>" for mark, cell in zip(marks, row)]
         body.append(f"<tr>{''.join(cells)}</tr>")
     table = f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table>"
     return f'<div class="scroll" tabindex="0">{table}</div>'
 
 
 def _matrix(report: RobustnessReport, name: str) -> str:
-    rows = []
+    rows, framed = [], []
     for model, values in report.cross_matrix(name).items():
         home = report.trained_on.get(model)
-        cells = [
-            f'<td class="home">{value:.4g}</td>' if method == home else f"<td>{value:.4g}</td>"
-            for method, value in values.items()
-        ]
-        rows.append([model, *cells])
+        rows.append([model, *(f"{values[method]:.4g}" if method in values else "" for method in report.methods)])
+        framed.append(1 + report.methods.index(home) if home in values else None)
     if not rows:
         return ""
-    return f"<p>{_caption(name)}</p>" + _table(["model", *report.methods], rows)
+    return f"<p>{_caption(name)}</p>" + _table(["model", *report.methods], rows, framed)
 
 
 def _gap(report: RobustnessReport, name: str) -> str:
     gaps = report.clean_gap(name)
     if not gaps:
         return ""
-    rows = [[model, *(f"{value:+.4g}" for value in values.values())] for model, values in gaps.items()]
+    rows = [
+        [model, *(f"{values[method]:+.4g}" if method in values else "" for method in report.methods)]
+        for model, values in gaps.items()
+    ]
     return f"<p>{_caption(name)}</p>" + _table(["model", *report.methods], rows)
 
 
@@ -278,15 +279,5 @@ def _file_name(title: str) -> str:
     return "".join(letter if letter.isalnum() else "_" for letter in title).strip("_")
 
 
-def _write_text(path: Path, text: Any) -> Path:
-    """Write a file that is there whole or not at all."""
-    handle, temporary = tempfile.mkstemp(prefix=".saving-", dir=path.parent)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-    return path
+def _write_text(path: Path, text: str) -> Path:
+    return write_whole(path, lambda name: Path(name).write_text(text, encoding="utf-8"))

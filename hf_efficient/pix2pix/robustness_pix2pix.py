@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from .cartoonize_pix2pix import MAX_STRENGTH, METHODS, cartoonize
+from .image_processing_pix2pix import to_rgb
 from .modeling_pix2pix import Pix2PixModel
 from .pipeline_pix2pix import ImageToImagePipeline
 
@@ -35,6 +36,7 @@ FIGURES: dict[str, tuple[str, bool]] = {
 # mean cosine dissimilarity that the paper reports after training with batch size 1, 8 and 64
 PAPER_PIXEL_DISSIMILARITY = {1: 0.00136, 8: 0.00622, 64: 0.01052}
 IDENTITY = "the cartoon itself"
+_SMALLEST = 11  # pixels: the window of SSIM
 
 
 @dataclass
@@ -208,13 +210,18 @@ def evaluate_robustness(
         seed (`int`, defaults to 0): Seed of KID's subsets.
 
     Returns:
-        [`RobustnessReport`]: Figures of every model and of the cartoon itself.
+        [`RobustnessReport`]: Figures of every model and of the cartoon itself, means over the photographs where a
+        figure exists: identical images have no PSNR.
 
     Raises:
-        ValueError: If there is no photograph, or a method, severity or column is unknown.
+        ValueError: If there is no photograph or one is too small or unreadable, a method, severity or column is
+            unknown, `limit` or `batch_size` is below 1, or a model changes the size of its input.
         ImportError: If torchmetrics, or timm for `features` by file, is missing.
     """
     _check_grid(methods, severities)
+    for argument, value in (("batch_size", batch_size), ("limit", limit)):
+        if value is not None and value < 1:
+            raise ValueError(f"`{argument}` must be at least 1, got {value}.")
     photos = _read_photos(dataset, image_column, limit)
     pipes = _make_pipes(model)
     name, network = _feature_network(features)
@@ -229,6 +236,7 @@ def evaluate_robustness(
         progress.update()
         for label, pipe in pipes.items():
             outputs[label] = pipe(cartoons, batch_size=batch_size)
+            _check_sizes(label, outputs[label], photos)
             progress.update()
         for label, images in outputs.items():
             report.rows.append({"model": label, "method": method, "severity": severity, **meter(images)})
@@ -248,17 +256,36 @@ def _check_grid(methods: Sequence[str], severities: Sequence[int]) -> None:
         raise ValueError(f"`severities` must be whole numbers from 0 to {MAX_STRENGTH}, got {list(severities)}.")
 
 
+def _check_sizes(label: str, images: list[Image.Image], photos: list[Image.Image]) -> None:
+    for image, photo in zip(images, photos):
+        if image.size != photo.size:
+            raise ValueError(
+                f"`model` must keep the size of its input, but {label!r} turns {photo.width}x{photo.height} pixels "
+                f"into {image.width}x{image.height}."
+            )
+
+
 def _read_photos(dataset: Iterable[Any], column: str, limit: int | None) -> list[Image.Image]:
-    photos = []
-    for row in dataset:
-        if limit is not None and len(photos) >= limit:
+    photos: list[Image.Image] = []
+    rows = iter(dataset)
+    while limit is None or len(photos) < limit:
+        try:
+            row = next(rows)
+        except StopIteration:
             break
+        except (OSError, SyntaxError) as error:
+            raise ValueError(f"Row {len(photos)} of `dataset` cannot be read: {error}") from error
         if isinstance(row, dict) and column not in row:
             raise ValueError(f"`image_column` must be one of the columns {', '.join(row)}, got {column!r}.")
         image = row[column] if isinstance(row, dict) else row
         if not isinstance(image, (Image.Image, np.ndarray)):
             raise ValueError(f"`dataset` must hold images, got {type(image).__name__} in its row {len(photos)}.")
-        photos.append((Image.fromarray(image) if isinstance(image, np.ndarray) else image).convert("RGB"))
+        photos.append(to_rgb(image))
+        if min(photos[-1].size) < _SMALLEST:
+            size = f"{photos[-1].width}x{photos[-1].height}"
+            raise ValueError(
+                f"`dataset` must hold images of at least {_SMALLEST} pixels, got {size} in its row {len(photos) - 1}."
+            )
     if not photos:
         raise ValueError("`dataset` must hold at least one photograph, got none.")
     return photos
@@ -295,6 +322,7 @@ class EfficientNetLite0Features(nn.Module):
 
     Raises:
         FileNotFoundError: If there is no such file.
+        ValueError: If it holds something else.
         ImportError: If timm is missing.
     """
 
@@ -312,7 +340,13 @@ class EfficientNetLite0Features(nn.Module):
             raise ImportError(
                 "Feature figures need timm; install it with: pip install 'hf-efficient[vision]'"
             ) from error
-        self.network = timm.create_model("tf_efficientnet_lite0", checkpoint_path=str(weights)).eval()
+        try:
+            self.network = timm.create_model("tf_efficientnet_lite0", checkpoint_path=str(weights)).eval()
+        except Exception as error:  # whatever a file of another kind raises
+            raise ValueError(
+                f"`features` must be a file with the weights of tf_efficientnet_lite0, got {weights}, which holds "
+                "something else or is damaged."
+            ) from error
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
@@ -363,8 +397,10 @@ class _Meter:
             flat = (output.flatten()[None], photo.flatten()[None])
             cosine = functional.cosine_similarity(*(x.double() for x in flat), reduction="mean")
             values["pixel_dissimilarity"].append(1 - float(cosine))
-        figures = {name: float(np.mean(numbers)) for name, numbers in values.items()}
-        figures["psnr"] = figures["psnr"] if math.isfinite(figures["psnr"]) else None  # no error at all
+        figures = {}
+        for name, numbers in values.items():  # identical images have no PSNR, a black one has no angle
+            finite = [number for number in numbers if math.isfinite(number)]
+            figures[name] = float(np.mean(finite)) if finite else None
         if self.network is not None:
             figures |= self._feature_figures(self._features(outputs))
         for name, metric in self.extra.items():

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from hf_efficient import cartoonize
+from hf_efficient.pix2pix import cartoonize_pix2pix
 
 
 cv2 = pytest.importorskip("cv2")
@@ -50,6 +51,12 @@ def test_the_palette_has_as_many_colours_as_it_says(photo):
         assert 2 <= len(np.unique(pixels, axis=0)) <= colours
 
 
+def test_large_photographs_are_compared_with_the_palette_in_parts(photo, monkeypatch):
+    whole = cartoonize(photo, method="palette")
+    monkeypatch.setattr(cartoonize_pix2pix, "_CHUNK", 1000)
+    assert np.array_equal(cartoonize(photo, method="palette"), whole)
+
+
 def test_bilateral_draws_dark_lines(photo):
     cartoon = np.asarray(cartoonize(photo, strength=5).convert("L"), int)
     assert (cartoon < 20).mean() > (np.asarray(photo.convert("L"), int) < 20).mean() + 0.02
@@ -85,7 +92,14 @@ def test_type_size_and_alpha_stay(photo, method):
     assert np.abs(out * 255 - cartoonize(np.asarray(photo), method=method)).max() < 1e-6
     assert cartoonize(np.asarray(photo)[..., 0], method=method).shape == (128, 128)
     deep = Image.fromarray(np.asarray(photo.convert("L")).astype(np.uint16) * 257)
-    assert np.array_equal(cartoonize(deep, method=method), cartoonize(photo.convert("L"), method=method))
+    floating = Image.fromarray(np.asarray(photo.convert("L")).astype(np.float32) / 255)
+    for image in (deep, floating):
+        assert np.array_equal(cartoonize(image, method=method), cartoonize(photo.convert("L"), method=method))
+    dark = Image.fromarray(np.full((16, 16), 200, np.uint16))  # 0.3 % of white
+    assert np.asarray(cartoonize(dark, method=method)).max() < 10  # Lab rounds
+    see_through = photo.convert("L")
+    see_through.info["transparency"] = 0
+    assert cartoonize(see_through, method=method).mode == "RGBA"
     for size in ((1, 1), (2, 300), (600, 900)):
         assert cartoonize(photo.resize(size), method=method, strength=5).size == size
     assert [out.size for out in cartoonize([photo, photo.resize((9, 9))], method=method)] == [(128, 128), (9, 9)]

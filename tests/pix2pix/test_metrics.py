@@ -35,6 +35,15 @@ def test_the_modules_equal_torchmetrics(repository, images, name, function):
         metric.compute(predictions=[images[0][0]], references=[images[1][1]])
 
 
+def test_the_modules_combine(repository, images):
+    folder = repository / "hf_efficient" / "metrics"
+    combined = evaluate.combine([str(folder / name) for name in ("psnr", "ssim")])
+    values = combined.compute(predictions=images[0], references=images[1])
+    for name in ("psnr", "ssim"):
+        metric = evaluate.load(str(folder / name))
+        assert values[name] == metric.compute(predictions=images[0], references=images[1])[name]
+
+
 def test_kid_needs_a_network_and_separates_two_sets(repository, images):
     metric = evaluate.load(str(repository / "hf_efficient" / "metrics" / "kid"))
 

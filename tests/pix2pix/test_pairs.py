@@ -67,6 +67,36 @@ def test_grey_sources(picture):
     assert (pair["pixel_values"].shape, pair["labels"].shape) == ((1, 8, 8), (3, 8, 8))
 
 
+def turned(image: Image.Image, path) -> Image.Image:
+    """The picture as a turned camera stores it."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image.rotate(90, expand=True).save(path, exif=exif)
+    return Image.open(path)
+
+
+def test_turned_pictures_stand_upright_before_they_are_compared_and_halved(tmp_path, picture):
+    upright, other = picture(20, 16), picture(20, 17).resize((16, 20))
+    rows = [{"a": turned(upright, tmp_path / "a.png"), "b": other}]
+    source, target = ImagePairs(rows, "b", "a").images(0)
+    assert np.array_equal(source, upright)
+    assert np.array_equal(target, other)
+    both = Image.new("RGB", (32, 20))
+    both.paste(upright, (0, 0))
+    both.paste(other, (16, 0))
+    folder = tmp_path / "pairs"
+    folder.mkdir()
+    turned(both, folder / "0.png")
+    pair = SideBySideFolder(folder)[0]
+    assert np.array_equal(pair["source"], upright)
+    assert np.array_equal(pair["target"], other)
+
+
+def test_arrays_are_images_too(picture):
+    pairs = ImagePairs([{"a": np.asarray(picture(8, 8)) / 255, "b": np.asarray(picture(8, 8))}], "b", "a", size=8)
+    torch.testing.assert_close(pairs[0]["pixel_values"], pairs[0]["labels"], atol=1e-6, rtol=0)
+
+
 def test_wrong_pairs_are_named(tmp_path, picture):
     rows = [{"a": picture(16, 16), "b": picture(16, 20)}]
     with pytest.raises(ValueError, match=r"Row 0: .*one size, got 16x16 and 20x16 pixels in 'a' and 'b'"):
@@ -77,6 +107,9 @@ def test_wrong_pairs_are_named(tmp_path, picture):
         ImagePairs(rows, "b", "c")
     with pytest.raises(ValueError, match="Row 0: the column 'a' must hold images, got str"):
         ImagePairs([{"a": "file.png"}], "a")[0]
+    table = datasets.Dataset.from_dict({"a": [{"bytes": b"no picture", "path": None}]})
+    with pytest.raises(ValueError, match="Row 0 cannot be read: cannot identify image file"):
+        ImagePairs(table.cast_column("a", datasets.Image()), "a")[0]
     with pytest.raises(ValueError, match="at least one pair"):
         ImagePairs([], "a")
     with pytest.raises(ValueError, match="got 'sketch' and 3"):
@@ -90,7 +123,7 @@ def test_wrong_pairs_are_named(tmp_path, picture):
     folder = SideBySideFolder(tmp_path)
     with pytest.raises(ValueError, match=r"odd\.png must hold two images of one size .* 31 pixels is odd"):
         folder[0]
-    with pytest.raises(ValueError, match=r"text\.png is no readable picture"):
+    with pytest.raises(ValueError, match=r"text\.png is no picture"):
         folder[1]
     with pytest.raises(ValueError, match='"left" or "right", got \'top\''):
         SideBySideFolder(tmp_path, "top")

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -132,6 +133,38 @@ def test_extra_metrics_and_limits(tiny_model, photos):
     assert all(math.isfinite(row["set_distance"]) and row["mse"] > 0 for row in report.rows)
 
 
+def test_turned_and_deep_photographs_are_read_as_they_are_seen(tiny_model, picture, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture(24, 16).save(tmp_path / "turned.png", exif=exif)
+    grey = np.asarray(picture(24, 16).convert("L"))
+    settings = {"methods": ["palette"], "severities": (3,)}
+    odd = evaluate_robustness(
+        tiny_model, [Image.open(tmp_path / "turned.png"), Image.fromarray(grey.astype(np.uint16) * 257)], **settings
+    )
+    plain = evaluate_robustness(
+        tiny_model, [picture(24, 16).rotate(270, expand=True), Image.fromarray(grey).convert("RGB")], **settings
+    )
+    assert odd.rows == plain.rows
+
+
+def test_a_figure_that_one_photograph_lacks_is_the_mean_of_the_others(tiny_model, picture):
+    black, settings = Image.new("RGB", (24, 24)), {"methods": ["palette"], "severities": (3,)}
+    both = evaluate_robustness(tiny_model, [black, picture(24, 24)], **settings).rows[0]
+    alone = evaluate_robustness(tiny_model, [picture(24, 24)], **settings).rows[0]
+    for name in ("psnr", "pixel_dissimilarity"):  # the cartoon of black is black: no error, and no angle
+        assert both[name] == pytest.approx(alone[name])
+    assert both["ssim"] == pytest.approx((1 + alone["ssim"]) / 2)
+
+
+def test_names_are_escaped_in_the_page(small, photos, tmp_path):
+    name = "<td><script>alert(1)</script>"
+    report = evaluate_robustness({name: small}, photos, severities=(0, 3), methods=["palette"], limit=2)
+    text = report.save(tmp_path, title=name).read_text()
+    assert "<script>" not in text
+    assert "&lt;td&gt;&lt;script&gt;" in text
+
+
 def test_the_report_is_written(report, tmp_path):
     page = report.save(tmp_path / "report", title="A <title>")
     names = {path.name for path in page.parent.iterdir()}
@@ -146,6 +179,9 @@ def test_the_report_is_written(report, tmp_path):
     assert text.count("<img ") == 9
     assert text.count('<svg viewBox="0 0 360 236"') == 5
     assert 'class="home"' in text
+    ticks = re.findall(r'text-anchor="end">([^<]+)<', text)
+    assert len(ticks) == 15
+    assert max(map(len, ticks)) <= 8  # wider ones would be cut off at the left; 1 - 0.9999999 is written as 0
     for tag in ("table", "figure", "svg", "main", "ul"):
         assert len(re.findall(rf"<{tag}[ >]", text)) == text.count(f"</{tag}>"), tag
     assert Image.open(page.parent / "robustness.png").size[0] > 800
@@ -162,6 +198,18 @@ def test_wrong_input_is_named(tiny_model, photos, tmp_path):
         evaluate_robustness(tiny_model, photos, severities=[6])
     with pytest.raises(ValueError, match="one of the columns image, got 'photo'"):
         evaluate_robustness(tiny_model, photos, image_column="photo")
+    for argument in ("limit", "batch_size"):
+        with pytest.raises(ValueError, match=f"`{argument}` must be at least 1, got 0"):
+            evaluate_robustness(tiny_model, photos, **{argument: 0})
+    with pytest.raises(ValueError, match="at least 11 pixels, got 24x8 in its row 1"):
+        evaluate_robustness(tiny_model, [photos[0], Image.new("RGB", (24, 8))])
+    table = datasets.Dataset.from_dict({"image": [{"bytes": b"no picture", "path": None}]})
+    with pytest.raises(ValueError, match="Row 0 of `dataset` cannot be read: cannot identify image file"):
+        evaluate_robustness(tiny_model, table.cast_column("image", datasets.Image()))
+    larger = Pix2PixModel(Pix2PixConfig(num_levels=1, base_channels=1, image_size=8))
+    larger.network.forward = lambda pixels: pixels.repeat_interleave(2, 2).repeat_interleave(2, 3)
+    with pytest.raises(ValueError, match="keep the size of its input, but 'twice' turns 24x24 pixels into 48x48"):
+        evaluate_robustness({"twice": larger}, photos, severities=[1], methods=["palette"])
     with pytest.raises(ValueError, match="at least one photograph"):
         evaluate_robustness(tiny_model, [])
     with pytest.raises(ValueError, match="must hold images, got str in its row 0"):
