@@ -19,7 +19,7 @@ class Report:
     scikit-image brings or, without that package, noise; the report says which.
 
     Examples:
-      hf-efficient report ./model_cards/dynamic-llava-scenes --prompt "describe the picture" --plot report.png
+      hf-efficient report ./model_cards/dynamic-llava-scenes --image photo.png --plot report.png
       hf-efficient report ./pruned --baseline user/resnet-18 --batch-size 8 --threads 1 --json report.json
       hf-efficient report google/vit-base-patch16-224 --toe fast --repeats 5 --quiet --json -
     """
