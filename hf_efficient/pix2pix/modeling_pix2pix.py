@@ -1,5 +1,6 @@
 """Pix2Pix networks: the two generators of the paper and its PatchGAN discriminator (arXiv 1611.07004, Sec. 6.1)."""
 
+import json
 import os
 import re
 import tempfile
@@ -261,6 +262,38 @@ class Pix2PixModel(PreTrainedModel):
         self.network = Pix2PixUNet(config) if config.generator == "unet" else Pix2PixResNet(config)
         self.post_init()
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """Load a checkpoint.
+
+        Modifications: weights that are not those of the configuration are refused, where the base class may leave some
+        at random with a warning.
+
+        Args:
+            pretrained_model_name_or_path (`str` or `os.PathLike`): Folder or Hub id.
+            *args: As in [`~PreTrainedModel.from_pretrained`].
+            **kwargs: Likewise; `ignore_mismatched_sizes=True` switches the check off.
+
+        Returns:
+            [`Pix2PixModel`]: In evaluation mode; with `output_loading_info=True` a tuple, as in the base class.
+
+        Raises:
+            ValueError: If weights are missing, left over or of another shape.
+        """
+        unchecked = kwargs.pop("ignore_mismatched_sizes", False)
+        with_info = kwargs.pop("output_loading_info", False)
+        settings = {**kwargs, "ignore_mismatched_sizes": True, "output_loading_info": True}
+        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, **settings)
+        wrong = {"missing": info["missing_keys"], "left over": info["unexpected_keys"]}
+        wrong["of another shape"] = [key[0] for key in info["mismatched_keys"]]
+        for what, keys in wrong.items():
+            if keys and not unchecked:
+                raise ValueError(
+                    f"The weights of {pretrained_model_name_or_path} are not those of the architecture in its "
+                    f"configuration: {min(keys)} is {what}; take both files from one checkpoint."
+                )
+        return (model, info) if with_info else model
+
     def _init_weights(self, module: nn.Module) -> None:
         """Draw convolutions from N(0, 0.02) and batch norm scales from N(1, 0.02) (paper, Sec. 6.2)."""
         super()._init_weights(module)
@@ -319,8 +352,8 @@ class Pix2PixModel(PreTrainedModel):
         """Save config, weights, code and image processor; each file appears whole or not at all.
 
         Modifications: everything is written to a temporary folder inside `save_directory` and moved into place when
-        all of it is there, so a full disk leaves an older checkpoint as it was. A `preprocessor_config.json` is added
-        where there is none, so that the checkpoint works in a pipeline.
+        all of it is there, so a full disk leaves an older checkpoint as it was. Where no `preprocessor_config.json`
+        that fits the generator is there, one is written, so that the checkpoint works in a pipeline.
 
         Args:
             save_directory (`str` or `os.PathLike`): Folder of the checkpoint.
@@ -339,7 +372,7 @@ class Pix2PixModel(PreTrainedModel):
         with tempfile.TemporaryDirectory(dir=directory, prefix=".saving-") as name:
             staging = Path(name)
             super().save_pretrained(staging, *args, **kwargs)
-            if (staging / "config.json").exists() and not (directory / "preprocessor_config.json").exists():
+            if (staging / "config.json").exists() and not self._fits(directory / "preprocessor_config.json"):
                 Pix2PixImageProcessor.for_model(self.config).save_pretrained(staging)
             written = {path.name for path in staging.iterdir()}
             for path in sorted(staging.iterdir()):
@@ -350,6 +383,16 @@ class Pix2PixModel(PreTrainedModel):
                     path.unlink()
         if push:
             self.push_to_hub(hub.pop("repo_id", directory.name), token=kwargs.get("token"), **hub)
+
+    def _fits(self, file: Path) -> bool:
+        """Whether an image processor is there already, and not that of an older generator of another depth."""
+        try:
+            fields = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return False
+        divisor, channels = fields.get("size_divisor"), fields.get("num_channels")
+        ours = divisor is not None and channels is not None
+        return not ours or (divisor % self.config.size_divisor == 0 and channels == self.config.num_channels)
 
 
 def _files_to_ship() -> tuple[type, ...]:

@@ -1,6 +1,7 @@
 """Survives: every way to save, then every way to load, also where the package cannot be imported."""
 
 import errno
+import json
 import os
 import resource
 import shutil
@@ -59,9 +60,9 @@ for name, folder in {**folders, "hub": "somebody/pix2pix"}.items():
         pass
     else:
         raise SystemExit("ran code without trust")
-    if name == "model":
-        pipes[0].save_pretrained(os.path.join(again, "remote_pipe"))
-        models[0].save_pretrained(os.path.join(again, "remote_model"))
+    if name in ("model", "hub"):
+        pipes[0].save_pretrained(os.path.join(again, name + "_pipe"))
+        models[0].save_pretrained(os.path.join(again, name + "_model"))
 for name in os.listdir(again):
     pipe = pipeline(model=os.path.join(again, name), trust_remote_code=True)
     assert np.array_equal(pipe(picture), expected), name
@@ -123,10 +124,32 @@ def test_loads_where_the_package_and_torchvision_are_missing(saved, tmp_path, cl
     (tmp_path / "again").mkdir()
     done = clean_process(CLEAN, *saved, tmp_path / "again", block=("hf_efficient", "torchvision", "timm"))
     assert "all loaded" in done.stdout
-    folder = tmp_path / "again" / "remote_pipe"  # saved by the remote code, loaded by the installed package
-    pipe = pipeline("image-to-image", model=str(folder))
-    assert type(pipe) is ImageToImagePipeline
-    assert np.array_equal(pipe(str(saved[1])), Image.open(saved[0] / "model" / "expected.png"))
+    for folder in (tmp_path / "again").iterdir():  # saved by the remote code, loaded by the installed package
+        pipe = pipeline("image-to-image", model=str(folder))
+        assert type(pipe) is ImageToImagePipeline
+        assert np.array_equal(pipe(str(saved[1])), Image.open(saved[0] / "model" / "expected.png"))
+
+
+INSTALLED = """
+import importlib.util
+import hf_efficient
+import numpy as np
+from PIL import Image
+from transformers import pipeline
+
+assert not importlib.util.find_spec("torchvision")
+for trust in (None, True):
+    pipe = pipeline("image-to-image", model=sys.argv[1], trust_remote_code=trust)
+    assert type(pipe) is hf_efficient.ImageToImagePipeline
+    assert np.array_equal(pipe(sys.argv[2]), Image.open(sys.argv[1] + "/expected.png"))
+print("all loaded")
+"""
+
+
+@pytest.mark.slow
+def test_the_installed_package_needs_no_torchvision(saved, clean_process):
+    done = clean_process(INSTALLED, saved[0] / "model", saved[1], block=("torchvision", "timm"))
+    assert "all loaded" in done.stdout
 
 
 @pytest.mark.slow
@@ -145,6 +168,30 @@ def test_architecture_comes_from_the_file(tmp_path):
     assert len(loaded.network.blocks) == 6
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "what"),
+    [
+        ("generator", "resnet_9blocks", "blocks.6.conv1.bias is missing"),
+        ("base_channels", 8, "is of another shape"),
+        ("generator", "unet", "is missing"),
+    ],
+)
+def test_weights_of_another_architecture_are_refused(tmp_path, field, value, what):
+    Pix2PixModel(Pix2PixConfig(generator="resnet_6blocks", base_channels=4, image_size=256)).save_pretrained(tmp_path)
+    fields = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**fields, field: value}))
+    with pytest.raises(ValueError, match=f"not those of the architecture in its configuration: .*{what}"):
+        AutoModel.from_pretrained(tmp_path)
+    assert AutoModel.from_pretrained(tmp_path, ignore_mismatched_sizes=True).config.to_dict()[field] == value
+
+
+def test_left_over_weights_are_refused(tmp_path):
+    Pix2PixModel(Pix2PixConfig(generator="resnet_9blocks", base_channels=4, image_size=16)).save_pretrained(tmp_path)
+    config = Pix2PixConfig.from_pretrained(tmp_path, generator="resnet_6blocks")
+    with pytest.raises(ValueError, match=r"blocks\.6\.conv1\.bias is left over"):
+        Pix2PixModel.from_pretrained(tmp_path, config=config)
+
+
 def test_a_stock_model_saved_through_the_pipeline_stays_stock(tmp_path, picture):
     sizes = {"depths": [1], "num_heads": [1], "embed_dim": 8, "window_size": 4, "image_size": 8, "upscale": 2}
     model = Swin2SRForImageSuperResolution(Swin2SRConfig(**sizes)).eval()
@@ -157,6 +204,8 @@ def test_a_stock_model_saved_through_the_pipeline_stays_stock(tmp_path, picture)
         raw = model(**Swin2SRImageProcessorPil()(picture(13, 10), return_tensors="pt")).reconstruction[0]
     expected = (raw.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()[:26, :20]
     assert np.array_equal(first, expected)
+    for image in (np.asarray(picture(13, 10)), np.asarray(picture(13, 10)) / 255, picture(13, 10).convert("RGBA")):
+        assert np.array_equal(pipe(image), first)
     pipe.save_pretrained(tmp_path)
     assert not [path for path in tmp_path.iterdir() if path.suffix == ".py"]
     assert np.array_equal(pipeline("image-to-image", model=str(tmp_path))(picture(13, 10)), first)
@@ -187,6 +236,15 @@ def test_saving_over_a_differently_split_checkpoint(tmp_path, tiny_model):
     loaded = AutoModel.from_pretrained(tmp_path)
     for name, value in large.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], value), name
+
+
+def test_saving_over_a_generator_of_another_depth(tmp_path, tiny_model, picture):
+    tiny_model.save_pretrained(tmp_path)
+    Pix2PixImageProcessor.for_model(tiny_model.config, do_resize=True).save_pretrained(tmp_path)
+    tiny_model.save_pretrained(tmp_path)
+    assert Pix2PixImageProcessor.from_pretrained(tmp_path).do_resize  # settings that fit are kept
+    Pix2PixModel(Pix2PixConfig(num_levels=4, base_channels=4, image_size=16)).save_pretrained(tmp_path)
+    assert pipeline("image-to-image", model=str(tmp_path))(picture(21, 8)).size == (8, 21)
 
 
 def test_half_precision_weights_answer_like_float32_ones(tmp_path, tiny_model, picture):
