@@ -2,6 +2,7 @@
 
 import argparse
 import os
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -34,9 +35,10 @@ class Cartoonize:
     @staticmethod
     def run(arguments: argparse.Namespace) -> dict[str, Any]:
         """Cartoonize every picture and say how many there are."""
-        from PIL import Image, UnidentifiedImageError
+        from PIL import Image
 
         from .cartoonize_pix2pix import cartoonize
+        from .figures_pix2pix import read_picture
 
         how = {"method": arguments.method, "strength": arguments.strength}
         cartoonize(Image.new("RGB", (8, 8)), **how)  # wrong settings show before the first picture
@@ -44,15 +46,11 @@ class Cartoonize:
         def outputs(files: list[Path]) -> Iterator[Any]:
             for path in files:
                 try:
-                    with Image.open(path) as image:
-                        image.load()
-                except UnidentifiedImageError:
-                    yield _Failed("no picture")
+                    cartoon = cartoonize(read_picture(path), **how)
+                except ValueError as error:
+                    yield _Failed(str(error).removeprefix(f"{path} is "))
                     continue
-                except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-                    yield _Failed(str(error))
-                    continue
-                yield cartoonize(image, **how)
+                yield cartoon
 
         return _write_all(arguments, outputs, "cartoon")
 
@@ -85,7 +83,7 @@ class Translate:
 
         if arguments.batch_size < 1:
             raise ValueError(f"--batch-size must be at least 1, got {arguments.batch_size}.")
-        _find_pictures(Path(arguments.source))  # before the model is loaded
+        _find_pictures(Path(arguments.source), results=Path(arguments.dest))  # before the model is loaded
         _check_folder("DEST", Path(arguments.dest))
         translate = _load_pipeline(arguments.model, arguments.device)
 
@@ -233,19 +231,22 @@ def _load_pipeline(model: str, device: str | None = None) -> Any:
         raise ValueError(f"--device must be one that torch can use here, such as cpu, got {device!r}.") from error
     try:
         return pipeline("image-to-image", model=model, device=device)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
         kind = "holds no image-to-image model that loads" if Path(model).is_dir() else "is no folder here"
         other = "" if Path(model).is_dir() else " and no Hub id that could be loaded"
         reason = str(error).strip().split("\n")[0].split(". ")[0].rstrip(".")
         raise ValueError(f"MODEL {model} {kind}{other} ({reason}).") from error
 
 
-def _find_pictures(source: Path, name: str = "SOURCE") -> list[Path]:
+def _find_pictures(source: Path, name: str = "SOURCE", results: Path | None = None) -> list[Path]:
+    """The pictures to read: those of an earlier run, in the folder `results` inside `source`, are none of them."""
     if source.is_file():
         return [source]
     if not source.is_dir():
         raise FileNotFoundError(f"{name} {source} is neither a picture nor a folder.")
     files = sorted(path for path in source.rglob("*") if path.suffix.lower() in _ENDINGS and path.is_file())
+    if results is not None and results.resolve() != source.resolve():
+        files = [path for path in files if results.resolve() not in path.resolve().parents]
     if not files:
         raise FileNotFoundError(f"{name} {source} holds no picture ({', '.join(_ENDINGS)}).")
     return files
@@ -260,7 +261,7 @@ def _write_all(
     from .figures_pix2pix import save_picture
 
     source, dest = Path(arguments.source), Path(arguments.dest)
-    files = _find_pictures(source)
+    files = _find_pictures(source, results=dest)
     _check_folder("DEST", dest)
     targets = _targets(files, source if source.is_dir() else source.parent, dest)
     written, failed = [], {}
@@ -289,8 +290,9 @@ def _check_folder(name: str, folder: Path) -> None:
 
 def _targets(files: list[Path], root: Path, dest: Path) -> list[Path]:
     targets = [dest / path.relative_to(root).with_suffix(".png") for path in files]
+    uses = Counter(targets)
     for path, target in zip(files, targets):
-        if targets.count(target) > 1:
+        if uses[target] > 1:
             raise ValueError(f"{path} has the name of another picture but for its ending; rename one of them.")
         if target.resolve() == path.resolve():
             raise ValueError(f"{path} would be replaced by its own result; name another DEST.")
@@ -299,12 +301,13 @@ def _targets(files: list[Path], root: Path, dest: Path) -> list[Path]:
 
 def _named(entry: str) -> tuple[str, str]:
     name, sign, value = entry.partition("=")
-    return (name, value) if sign else ("model", entry)
+    return (name, value) if sign and not Path(entry).exists() else ("model", entry)
 
 
 def _load_photos(data: Path, column: str) -> Any:
     import datasets
-    from PIL import Image
+
+    from .figures_pix2pix import read_picture
 
     if data.suffix == ".parquet" and data.is_file():
         try:
@@ -319,9 +322,8 @@ def _load_photos(data: Path, column: str) -> Any:
     def photos() -> Iterator[dict[str, Any]]:
         for path in files:
             try:
-                with Image.open(path) as image:
-                    yield {column: image.convert("RGB")}
-            except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+                yield {column: read_picture(path)}
+            except ValueError as error:
                 raise ValueError(f"DATA holds {path}, which is no picture that can be read: remove it.") from error
 
     return photos()

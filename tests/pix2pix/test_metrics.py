@@ -35,6 +35,12 @@ def test_the_modules_equal_torchmetrics(repository, images, name, function):
         metric.compute(predictions=[images[0][0]], references=[images[1][1]])
 
 
+def test_images_smaller_than_the_window_of_ssim_are_named(repository, picture):
+    metric = evaluate.load(str(repository / "hf_efficient" / "metrics" / "ssim"))
+    with pytest.raises(ValueError, match=r"Pair 0 must have at least 11 pixels on a side, got \(30, 9\)"):
+        metric.compute(predictions=[picture(9, 30)], references=[picture(9, 30)])
+
+
 def test_the_modules_combine(repository, images):
     folder = repository / "hf_efficient" / "metrics"
     combined = evaluate.combine([str(folder / name) for name in ("psnr", "ssim")])

@@ -30,7 +30,7 @@ class Ssim(evaluate.Metric):
             `dict[str, float]`: `ssim`.
 
         Raises:
-            ValueError: If a pair has unequal sizes.
+            ValueError: If a pair has unequal sizes, or fewer than 11 pixels on a side, the window of SSIM.
         """
         from torchmetrics.functional.image import structural_similarity_index_measure
 
@@ -43,5 +43,7 @@ class Ssim(evaluate.Metric):
             if pair[0].shape != pair[1].shape:
                 sizes = f"{prediction.size} and {reference.size}"
                 raise ValueError(f"Pair {number} must have one size, got {sizes} pixels.")
+            if min(prediction.size) < 11:
+                raise ValueError(f"Pair {number} must have at least 11 pixels on a side, got {prediction.size}.")
             values.append(float(structural_similarity_index_measure(*pair, data_range=1.0)))
         return {"ssim": float(np.mean(values))}
