@@ -26,8 +26,8 @@ CONVENTION = (
 )
 _PAPER = "Paper FLOPs: image tokens alone, 32 N C^2 + 4 N^2 C a decoder layer (Dynamic-LLaVA, Sec. 4)."
 _SPEED = (
-    "Times: medians of {rounds} rounds in which model and baseline take turns. Speed-up: baseline / model, in "
-    "brackets where its true median lies (about 95 %)."
+    "Times: medians; rounds in which model and baseline took turns: {rounds}. Speed-up: baseline / model, with five "
+    "rounds or more in brackets where its true median lies (about 95 %)."
 )
 _PEAKS = {
     "cpu": "Peak: growth of the resident memory of the process (VmHWM) during one run.",
@@ -122,7 +122,7 @@ class EfficiencyReport:
                 row = [phase.name if first else "", phase.unit if first else "", "both" if shared else name]
                 row += [with_prefix(cost.macs), with_prefix(cost.flops), with_prefix(cost.paper_flops)]
                 row += [f"{1e3 * cost.wall_seconds:.4g}", f"{1e3 * cost.cpu_seconds:.4g}"]
-                row += [str(phase.speedup(c)) if name == "model" and phase.baseline else "" for c in ("wall", "cpu")]
+                row += [_speedup(phase, clock) if name == "model" else "" for clock in ("wall", "cpu")]
                 row += ["" if cost.peak_bytes is None else f"{cost.peak_bytes / 1e6:.1f}"]
                 row += ["" if cost.cache_bytes is None else f"{cost.cache_bytes / 1e3:,.1f}"]
                 rows.append(row)
@@ -340,6 +340,13 @@ def _refuse_misfit(error: Exception, model: nn.Module, shown: dict[str, str]) ->
     reason = (str(error).splitlines() or [type(error).__name__])[0]
     given = ", ".join(f"{name} {shape}" for name, shape in shown.items())
     raise ValueError(f"`inputs` must fit the forward pass of {type(model).__name__}, got {given}: {reason}") from error
+
+
+def _speedup(phase: Phase, clock: str) -> str:
+    ratio = phase.speedup(clock)
+    if ratio is None:
+        return ""
+    return f"{ratio.median:.2f} ({ratio.low:.2f}-{ratio.high:.2f})" if phase.judged else f"{ratio.median:.2f}"
 
 
 def describe_kept(kept: dict[str, Any]) -> list[str]:

@@ -121,7 +121,7 @@ def _draw(axes: "Axes", phases: Sequence[Phase], compared: bool) -> None:
                 length, text = min(share, MOST), f"{share:.2f}   {text}"
             axes.barh(top, length, height=0.72, color=_COLOURS[name])
             longest = max(longest, length)
-            if ratio is not None:
+            if ratio is not None and phase.judged:
                 ends = [min(1 / ratio.high, MOST), min(1 / ratio.low, MOST)]
                 axes.plot(ends, [top, top], "-|", color=_DARK, linewidth=1.1, markersize=5)
                 longest = max(longest, ends[1])
@@ -133,7 +133,8 @@ def _draw(axes: "Axes", phases: Sequence[Phase], compared: bool) -> None:
     label = "milliseconds, median; there was no baseline"
     if compared:
         axes.axvline(1, color=_DARK, linewidth=1, linestyle=":")
-        label = "share of the baseline (dotted line); lines: where the median lies, about 95 %"
+        label = "share of the baseline (dotted line)"
+        label += "; lines: where the median lies, about 95 %" if phases[0].judged else ""
     axes.set_xlim(0, 1.04 * longest)
     axes.set_xlabel(label, fontsize=8.5)
     axes.set_ylim(top - 0.75, -0.75)

@@ -80,9 +80,6 @@ class Ratio:
     low: float
     high: float
 
-    def __str__(self) -> str:
-        return f"{self.median:.2f} ({self.low:.2f}-{self.high:.2f})"
-
 
 @dataclass(frozen=True)
 class Phase:

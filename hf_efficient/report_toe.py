@@ -88,7 +88,7 @@ def measure_toe(
             reset_compiler()
     full = costs["baseline"]
     phases = [compare(f"stage {s}", "step", {"model": costs[f"stage {s}"], "baseline": full}, device) for s in stages]
-    notes = ["A step is a forward and a backward pass, without an optimizer; the trained model is a plain one."]
+    notes = ["A step is a forward and a backward pass, its gradients included, no optimizer; a plain model comes out."]
     shares = _shares(config)
     if shares is None:
         notes.append("The stages start at epochs: a schedule in shares of the training gives the whole training too.")

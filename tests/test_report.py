@@ -327,10 +327,10 @@ def test_sparse_llava_and_vit_are_left_as_they_were(sparse_llava, question):
     with pytest.raises(ValueError, match="Image features and image tokens do not match"):
         efficiency_report(sparse_llava, question, repeats=1)
     assert sparse_llava.config.to_dict() == settings
-    vit = make_vit().eval()
+    vit, batch = make_vit().eval(), labelled()
     before = state_of(vit)
     with torch.inference_mode():
-        efficiency_report(vit, labelled(), repeats=1)
+        efficiency_report(vit, batch, repeats=1)
     assert state_of(vit) == before
     assert all(parameter.grad is None for parameter in vit.parameters())
 
