@@ -36,11 +36,17 @@ EXTRAS = {
         "scikit-image>=0.24",
         "opencv-python-headless>=4.9",
     ],
-    "demo": ["gradio>=6.0"],
+    "demo": [
+        "gradio>=6.0",
+        "easy-vqa",
+        "scikit-learn>=1.5",
+        "scikit-image>=0.24",
+        "opencv-python-headless>=4.9",
+    ],
 }
 EXTRAS["test"] = sorted(
     {requirement for name in EXTRAS for requirement in EXTRAS[name]}
-    | {"pytest>=8.0", "pytest-timeout", "pytest-xdist", "coverage>=7.0", "pyyaml", "ruff==0.17.6"}
+    | {"pytest>=8.0", "pytest-timeout", "pytest-xdist", "coverage>=7.0", "pyyaml", "selenium>=4.20", "ruff==0.17.6"}
 )
 EXTRAS["dev"] = [*EXTRAS["test"], "pre-commit>=4.0"]
 

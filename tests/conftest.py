@@ -9,10 +9,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
 
 import random
+import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -60,3 +62,41 @@ def clean_process(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[s
         return done
 
     return run
+
+
+@pytest.fixture
+def open_browser(tmp_path: Path) -> Iterator[Callable[..., Any]]:
+    """Open pages in headless Chromium.
+
+    `open_browser(url, width=1300, height=900, dark=False)` returns a Selenium driver on the page, its viewport exactly
+    as wide as asked for; `driver.get_log("browser")` has the console. All are closed afterwards.
+    """
+    names = ("chromium", "chromium-browser", "google-chrome", "chrome")
+    chromium = next((path for path in map(shutil.which, names) if path), None)
+    chromedriver = shutil.which("chromedriver")
+    if chromium is None or chromedriver is None:
+        pytest.skip("no Chromium with chromedriver on this machine; install the packages chromium, chromium-driver")
+    from selenium import webdriver
+
+    drivers = []
+
+    def open_page(url: str, width: int = 1300, height: int = 900, dark: bool = False) -> Any:
+        options = webdriver.ChromeOptions()
+        options.binary_location = chromium
+        profile = f"--user-data-dir={tmp_path / f'profile_{len(drivers)}'}"
+        for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--hide-scrollbars", profile):
+            options.add_argument(argument)
+        options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+        driver = webdriver.Chrome(options, webdriver.ChromeService(chromedriver))
+        drivers.append(driver)
+        driver.set_page_load_timeout(120)
+        theme = [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]
+        driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": theme})
+        metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
+        driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+        driver.get(url)
+        return driver
+
+    yield open_page
+    for driver in drivers:
+        driver.quit()
