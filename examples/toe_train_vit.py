@@ -10,10 +10,11 @@ of every arm and the core-hours to expect.
     python examples/toe_train_vit.py --dataset DIR/cifar10 --arms full --seeds 9 --output TRIAL
     python examples/toe_train_vit.py --dataset DIR/cifar10 --compare --output RUNS --results KEEP --final --card CARD
 
-The first line is for choices, made on the last 5,000 training rows. The second takes some 12 core-hours for CIFAR-10;
-each of its runs ends on the test split, which is read behind `--final` alone. To expect: ToE close to 1.29 times as
-fast as full tokens, the bound by multiply-adds that the script prints, at the accuracy of full tokens, above random
-drop. The recipe is that of small ViTs from scratch on CIFAR-10 (arXiv 2112.13492): AdamW at 1e-3, weight decay 0.05,
+The first line is for choices, made on the last 5,000 training rows. The second takes ten runs for CIFAR-10, of four to
+five core-hours each on a busy, slow core (`--time 3` measures yours); each of them ends on the test split, which is
+read behind `--final` alone. To expect: ToE close to 1.29 times as fast as full tokens, the bound by multiply-adds that
+the script prints, at the accuracy of full tokens, above random drop. The recipe is that of small ViTs from scratch on
+CIFAR-10 (arXiv 2112.13492): AdamW at 1e-3, weight decay 0.05,
 batches of 128, a tenth of the training to warm up, cosine decay, label smoothing 0.1; crops and mirror images alone,
 because 15 epochs are too few for mixed images.
 """

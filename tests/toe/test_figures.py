@@ -31,7 +31,7 @@ def test_kept_patches_are_coloured_outlined_and_the_others_pale(make_vit, tmp_pa
     for stage in (1, 2, 3):
         kept = choose_patches(model, pixels, stage, config).view(2, 8, 8).numpy()
         for row in range(2):
-            shown = axes[row, stage].images[0].get_array()
+            shown = np.asarray(axes[row, stage].images[0].get_array())
             mask = kept[row].repeat(4, axis=0).repeat(4, axis=1)  # a patch has 4 x 4 pixels
             assert np.array_equal(shown[mask], colours[row][mask] / 255)
             assert np.ptp(shown[~mask], axis=1).max(initial=0) == 0  # grey
@@ -52,7 +52,7 @@ def test_a_line_runs_along_its_patch(make_vit):
 
 def test_grey_pictures_are_drawn_in_grey(make_vit):
     figure = plot_expansion(make_vit(num_channels=1), torch.randn(1, 1, 32, 32))
-    shown = figure.axes[0].images[0].get_array()
+    shown = np.asarray(figure.axes[0].images[0].get_array())
     assert shown.shape == (32, 32, 3)
     assert np.ptp(shown, axis=2).max() == 0
 
