@@ -55,7 +55,7 @@ def build_demo(checkpoints: Any, gradio: Any) -> Any:
             "Published methods that make vision models cheaper to train and to run, on small checkpoints and a CPU. "
             "Uploads stay on the machine that runs this page and are deleted within two hours."
         )
-        with gradio.Tab("Ask a sparse LLaVA"):
+        with gradio.Tab("LLaVA"):
             _llava_tab(gradio, DynamicLlavaDemo(checkpoints.llava))
         with gradio.Tab("ToE"):
             _toe_tab(gradio, ToEDemo(checkpoints.toe), photos)

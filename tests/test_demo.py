@@ -354,7 +354,7 @@ def test_the_page_asks_nobody_else(page_module):
     assert app.analytics_enabled is False
     assert app.config["analytics_enabled"] is False
     assert [block.label for block in app.blocks.values() if type(block).__name__ == "Tab"] == [
-        "Ask a sparse LLaVA",
+        "LLaVA",
         "ToE",
         "KDFS",
         "Pix2Pix",
@@ -448,13 +448,13 @@ def test_every_tab_in_a_browser(address, open_browser, photo, wrong_files, tmp_p
 
     def choose_tab(title: str) -> None:
         driver.execute_script(
-            "[...document.querySelectorAll('[role=tab]')].find(tab => tab.textContent.trim() == arguments[0]).click()",
+            "[...document.querySelectorAll('button')].find(tab => tab.textContent.trim() == arguments[0]).click()",
             title,
         )
 
     wrong = str(tmp_path / "notes <i>.png")
     tabs = (
-        ("Ask a sparse LLaVA", "#ask", "llava", "#hfe-sparse"),
+        ("LLaVA", "#ask", "llava", "#hfe-sparse"),
         ("ToE", "#stages", "toe", "#toe-result figure"),
         ("KDFS", "#compare", "kdfs", "#hfe-top5"),
         ("Pix2Pix", "#translate", "pix2pix", "#pix2pix-result table"),
