@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-import transformers.trainer
+from huggingface_hub import HfApi
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -321,25 +321,31 @@ class TestCheckpoints:
         for name, value in weights(loaded).items():
             assert torch.equal(value, model.get_parameter(name)), name
 
-    def test_pushing_takes_the_whole_checkpoint(self, make_trainable, make_examples, arguments, monkeypatch):
+    def test_pushing_takes_weights_of_a_whole_checkpoint(self, make_trainable, make_examples, arguments, monkeypatch):
+        """Each upload shows the model of a checkpoint that has its final name; pickled states are not asked for."""
         args = arguments(**SAVING, push_to_hub=True, hub_strategy="checkpoint", hub_model_id="me/sparse")
         uploads = []
 
-        class Hub:
-            def upload_folder(self, folder_path, **kwargs):
-                if Path(folder_path).name.startswith("checkpoint"):
-                    uploads.append((Path(folder_path).name, {file.name for file in Path(folder_path).iterdir()}))
-                done = concurrent.futures.Future()
-                done.set_result(None)
-                done.is_done = done.done
-                return done
+        def upload_folder(self, folder_path, allow_patterns, **kwargs):
+            newest = max(Path(folder_path).glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+            weights = [(folder / "model.safetensors").read_bytes() for folder in (newest, Path(folder_path))]
+            same = weights[0] == weights[1]
+            uploads.append((newest.name, {file.name for file in newest.iterdir()}, same, allow_patterns))
+            done = concurrent.futures.Future()
+            done.set_result(None)
+            return done
 
-        monkeypatch.setattr(transformers.trainer, "hf_api", lambda: Hub())
-        monkeypatch.setattr(Trainer, "init_hf_repo", lambda self, *a, **k: setattr(self, "push_in_progress", None))
+        def init_hf_repo(self, *args, **kwargs):
+            self.hub_model_id, self.push_in_progress = "me/sparse", None
+
+        monkeypatch.setattr(HfApi, "upload_folder", upload_folder)
+        monkeypatch.setattr(Trainer, "init_hf_repo", init_hf_repo)
         DynamicLlavaTrainer(make_trainable(), args, train_dataset=make_examples()).train()
-        assert [name for name, _ in uploads] == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
-        assert all(files >= WHOLE for _, files in uploads)
-        assert (Path(args.output_dir) / "model.safetensors").is_file()
+        assert [name for name, *_ in uploads] == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
+        for _, files, same, patterns in uploads:
+            assert files >= WHOLE
+            assert same
+            assert not {"*.bin", "*.pt", "*.pth", "*"} & set(patterns)
 
     def test_resume_lands_in_the_same_state(self, make_trainable, make_examples, arguments, tmp_path):
         """Stopped in the middle of an epoch: weights, optimiser, schedule, noise, temperature, next batches, logs."""
