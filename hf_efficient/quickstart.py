@@ -30,6 +30,7 @@ _PARTS: dict[str, str] = {
     "Dynamic-LLaVA": "dynamic_llava.quickstart_dynamic_llava",
     "ToE": "toe.quickstart_toe",
     "KDFS": "kdfs.quickstart_kdfs",
+    "Pix2Pix": "pix2pix.quickstart_pix2pix",
 }
 
 
