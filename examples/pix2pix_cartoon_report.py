@@ -119,6 +119,22 @@ def batch_table(args: argparse.Namespace, robustness: RobustnessReport, runs: li
     return {"title": "Batch size at equal images seen", "columns": columns, "rows": rows, "note": note}
 
 
+def findings(table: dict[str, Any], first: str) -> list[str]:
+    """Say in words where the first model is better than the cartoon itself and than L1 alone, and where it is not."""
+    rows = {row[0]: row[2:] for row in reversed(table["rows"]) if row[1] == table["rows"][0][1]}
+    sentences = []
+    for other, words in ((IDENTITY, "the cartoon itself"), ("l1", "the same network trained with L1 alone")):
+        better: dict[bool, list[str]] = {True: [], False: []}
+        for (name, higher), mine, theirs in zip(
+            (FIGURES[name] for name in FIGURES), rows.get(first, []), rows.get(other, []), strict=False
+        ):
+            better[(mine > theirs) == higher].append(name)
+        won, lost = (", ".join(better[side]) or "none of the figures" for side in (True, False))
+        if other in rows:
+            sentences.append(f"Beside {words} this checkpoint is better in {won}; not better in {lost}.")
+    return sentences
+
+
 def make_results(
     args: argparse.Namespace,
     robustness: RobustnessReport,
@@ -159,6 +175,7 @@ def make_results(
         "runs": [{name: value for name, value in run.items() if name != "history"} for run in runs],
         "seeds": [args.seed],
         "limits": [
+            *findings(tables[0], first["run"]),
             f"Trained at {args.size} pixels on {first['cartoonizer']} cartoons of strength {args.strength} drawn by "
             "this project; the second table tells how it does on others. Cartoons drawn by people were not tried.",
             "The adversarial loss pays for texture with noise: flat areas such as sky get grain.",
