@@ -448,7 +448,8 @@ def test_every_tab_in_a_browser(address, open_browser, photo, wrong_files, tmp_p
 
     def choose_tab(title: str) -> None:
         driver.execute_script(
-            "[...document.querySelectorAll('button')].find(tab => tab.textContent.trim() == arguments[0]).click()",
+            "[...document.querySelectorAll('button[role=tab]')]"
+            ".filter(tab => tab.textContent.trim() == arguments[0]).forEach(tab => tab.click())",
             title,
         )
 
