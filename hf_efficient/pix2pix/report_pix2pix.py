@@ -35,7 +35,16 @@ svg .axis { stroke: var(--line); } img { max-width: 100%; height: auto; backgrou
 ul.key { list-style: none; padding: 0; display: flex; flex-wrap: wrap; gap: .3rem 1.2rem; }
 ul.key svg { display: inline-block; width: 2.2rem; height: .8rem; margin-right: .4rem; vertical-align: middle; }
 """
-_COLOURS = ("#8a8a94", "#2f7ed8", "#d9622b", "#2a9d5c", "#a35bd1", "#c9a227")  # readable on white and on black
+_COLOURS = (
+    "#8a8a94",
+    "#2f7ed8",
+    "#d9622b",
+    "#2a9d5c",
+    "#a35bd1",
+    "#c9a227",
+    "#c2407f",
+    "#2aa3a3",
+)  # readable on white and on black
 _DASHES = ("", "7 4", "2 4", "10 3 2 3", "4 2", "1 3")
 _MARKS = ("circle", "square", "diamond")
 
@@ -106,7 +115,7 @@ def render_page(report: RobustnessReport, title: str) -> str:
 
 
 def plot_curves(report: RobustnessReport) -> Image.Image:
-    """Draw every figure by severity as one picture for a card.
+    """Draw every figure by severity as one picture for a card: a column a figure, a row a cartoonizer.
 
     Args:
         report ([`RobustnessReport`]): What was measured.
@@ -122,19 +131,23 @@ def plot_curves(report: RobustnessReport) -> Image.Image:
     except ImportError as error:
         raise ImportError("Plots need matplotlib; install it with: pip install 'hf-efficient[pix2pix]'") from error
     names = report.figures
-    figure = figure_class(figsize=(4 * len(names), 3.4), layout="constrained", dpi=110)
-    axes = figure.subplots(1, len(names), squeeze=False)[0]
-    for axis, name in zip(axes, names):
-        for number, model in enumerate(report.models):
-            for mark, method in zip("osD", report.methods):
-                curve = report.curve(model, method, name)
-                label = f"{model}, {method}" if axis is axes[0] else None
-                colour = _COLOURS[number % len(_COLOURS)]
-                axis.plot(curve.keys(), curve.values(), f"-{mark}", color=colour, markersize=4, label=label)
+    methods = report.methods
+    figure = figure_class(figsize=(3 * len(names), 2.3 * len(methods) + 0.6), layout="constrained", dpi=100)
+    axes = figure.subplots(len(methods), len(names), squeeze=False, sharex=True, sharey="col")
+    for axis, name in zip(axes[0], names):
         axis.set_title(FIGURES.get(name, (name,))[0])
+    for axis in axes[-1]:
         axis.set_xlabel("severity")
-        axis.grid(alpha=0.3)
-    figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize="small")
+    for row, method in zip(axes, methods):
+        for axis, name in zip(row, names):
+            for number, model in enumerate(report.models):
+                curve = report.curve(model, method, name)
+                colour = _COLOURS[number % len(_COLOURS)]
+                label = model if axis is axes[0][0] else None
+                axis.plot(curve.keys(), curve.values(), "-o", color=colour, markersize=3, label=label)
+            axis.grid(alpha=0.3)
+        row[0].set_ylabel(f"{method} cartoons")
+    figure.legend(loc="outside lower center", ncols=4, frameon=False)
     memory = io.BytesIO()
     figure.savefig(memory, format="png")
     return Image.open(memory).convert("RGB")
