@@ -232,11 +232,12 @@ def tree(folder: Path) -> set[str]:
     return {path.relative_to(folder).as_posix() for path in folder.rglob("*")}
 
 
-@pytest.mark.parametrize("name", ["../../outside", "/tmp/hf_efficient_outside", "..\\..\\outside/../../x"])
+@pytest.mark.parametrize("name", ["../../outside", "{root}/outside", "..\\..\\outside/../../x"])
 def test_the_name_of_a_chat_template_cannot_leave_the_folder(llava, tmp_path, capsys, name):
     from hf_efficient import cli
 
     config = json.loads((llava / "tokenizer_config.json").read_text())
+    name = name.format(root=tmp_path)  # an absolute one as well
     config["chat_template"] = [{"name": "default", "template": "x"}, {"name": name, "template": "owned"}]
     (llava / "tokenizer_config.json").write_text(json.dumps(config))
     (llava / "chat_template.jinja").unlink(missing_ok=True)
@@ -244,7 +245,6 @@ def test_the_name_of_a_chat_template_cannot_leave_the_folder(llava, tmp_path, ca
     code = cli.main(["convert-llava", str(llava), str(tmp_path / "sparse"), "--quiet"])
     new = {path for path in tree(tmp_path) - before if not path.startswith("sparse")}
     assert not new
-    assert not Path("/tmp/hf_efficient_outside.jinja").exists()
     if code:
         (line,) = capsys.readouterr().err.splitlines()
         assert line.startswith("hf-efficient convert-llava: error: ")
