@@ -20,6 +20,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -38,14 +39,14 @@ from hf_efficient.pix2pix.pairs_pix2pix import ImagePairs
 from hf_efficient.results import write_whole
 
 
-# run -> (cartoonizer, adversarial loss, batch size); the first is the checkpoint of the card
+# run -> (cartoonizer, with the adversarial loss, batch size); the first is the checkpoint of the card
 RUNS = {
-    "bilateral": ("bilateral", "vanilla", 1),
-    "palette": ("palette", "vanilla", 1),
-    "mean_shift": ("mean_shift", "vanilla", 1),
-    "l1": ("bilateral", "none", 1),
-    "batch-8": ("bilateral", "vanilla", 8),
-    "batch-64": ("bilateral", "vanilla", 64),
+    "bilateral": ("bilateral", True, 1),
+    "palette": ("palette", True, 1),
+    "mean_shift": ("mean_shift", True, 1),
+    "l1": ("bilateral", False, 1),
+    "batch-8": ("bilateral", True, 8),
+    "batch-64": ("bilateral", True, 64),
 }
 # one allocation after the other of the same few sizes: keep the memory instead of handing it back to the system
 MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**34), "MALLOC_ARENA_MAX": "1"}
@@ -65,6 +66,17 @@ class Clock(TrainerCallback):
         state.log_history.append({"epoch": state.epoch, "step": state.global_step, "cpu_seconds": spent})
 
 
+def split_rows(args: argparse.Namespace) -> tuple[Sequence[dict], Sequence[dict]]:
+    """Photographs to train on and, where some are held out for choices of recipe, those to measure on."""
+    rows = load_rows(args.dataset, "train")
+    kept = len(rows) - args.held_out
+    if not args.held_out:
+        return rows, []
+    if kept < 1:
+        raise SystemExit(f"--held-out must leave photographs to train on; it takes {args.held_out} of {len(rows)}.")
+    return [[rows[row] for row in part] for part in (range(kept), range(kept, len(rows)))]
+
+
 def train(args: argparse.Namespace, name: str) -> None:
     """One run; writes `run.json` when it has ended."""
     folder = args.output / name
@@ -72,14 +84,14 @@ def train(args: argparse.Namespace, name: str) -> None:
         return
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
-    method, gan_loss, batch_size = RUNS[name]
+    method, adversarial, batch_size = RUNS[name]
+    gan_loss = args.gan_loss if adversarial else "none"
     set_seed(args.seed)
     levels = args.size.bit_length() - 1
-    model = Pix2PixModel(
-        Pix2PixConfig(num_levels=levels, base_channels=args.channels, norm=args.norm, image_size=args.size)
-    )
-    discriminator = Pix2PixDiscriminator(args.receptive_field, base_channels=args.channels, norm=args.norm)
-    rows = load_rows(args.dataset, "train")
+    network = {"base_channels": args.channels, "norm": args.norm}
+    model = Pix2PixModel(Pix2PixConfig(num_levels=levels, image_size=args.size, dropout=args.dropout, **network))
+    discriminator = Pix2PixDiscriminator(args.receptive_field, **network)
+    rows = split_rows(args)[0]
     settings = {"size": args.size, "jitter": args.size // 9, "flip": True, "seed": args.seed}
     pairs = ImagePairs(rows, args.column, method=method, strength=args.strength, **settings)
     batch_size = min(batch_size, len(pairs))
@@ -89,6 +101,9 @@ def train(args: argparse.Namespace, name: str) -> None:
         num_train_epochs=args.epochs,
         per_device_train_batch_size=batch_size,
         gan_loss=gan_loss,
+        lambda_l1=args.lambda_l1,
+        discriminator_learning_rate=args.discriminator_learning_rate,
+        ema_decay=args.ema_decay**batch_size,  # as many images behind the average at any batch size
         save_strategy="epoch",
         save_total_limit=1,
         logging_steps=max(1, args.logging_images // batch_size),
@@ -102,6 +117,11 @@ def train(args: argparse.Namespace, name: str) -> None:
     trainer.save_model(str(folder / "model"))
     log = trainer.state.log_history
     run = {"run": name, "cartoonizer": method, "strength": args.strength, "gan_loss": gan_loss, "seed": args.seed}
+    run |= {"lambda_l1": args.lambda_l1, "ema_decay": training.ema_decay, "dropout": args.dropout}
+    run |= {
+        "receptive_field": args.receptive_field,
+        "discriminator_learning_rate": training.discriminator_learning_rate,
+    }
     run |= {"batch_size": batch_size, "epochs": args.epochs, "images_seen": round(args.epochs * len(pairs))}
     run |= {"steps": trainer.state.global_step}
     run |= {"cpu_seconds": next(e["cpu_seconds"] for e in reversed(log) if "cpu_seconds" in e)}
@@ -140,7 +160,13 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--size", type=int, default=128, help="pixels, a power of two")
     parser.add_argument("--channels", type=int, default=16, help="base channels of both networks")
     parser.add_argument("--norm", default="instance", help="instance, batch or none")
-    parser.add_argument("--receptive-field", type=int, default=70)
+    parser.add_argument("--dropout", type=float, default=0.5, help="of the generator while it trains")
+    parser.add_argument("--receptive-field", type=int, default=70, help="of the discriminator, pixels")
+    parser.add_argument("--gan-loss", default="vanilla", help="vanilla, lsgan or hinge")
+    parser.add_argument("--lambda-l1", type=float, default=100.0, help="weight of the L1 loss")
+    parser.add_argument("--discriminator-learning-rate", type=float, help="default: the generator's, 2e-4")
+    parser.add_argument("--ema-decay", type=float, default=0.0, help="of the averaged weights, per image; 0: off")
+    parser.add_argument("--held-out", type=int, default=0, help="measure on so many of the training photographs")
     parser.add_argument("--strength", type=int, default=3, help="of the training cartoons, 1 to 5")
     parser.add_argument("--severities", type=int, nargs="+", default=list(range(6)))
     parser.add_argument("--limit", type=int, help="test photographs (default: all)")
@@ -154,6 +180,8 @@ def parse() -> argparse.Namespace:
     args = parser.parse_args()
     if args.size & (args.size - 1) or args.size < 16:
         parser.error(f"--size must be a power of two from 16 on, got {args.size}")
+    if args.held_out and (args.final or args.card):
+        parser.error("--held-out is for choices of recipe; leave it out with --final and --card")
     if args.smoke:
         small = {"size": 32, "channels": 4, "epochs": 2, "receptive_field": 16, "severities": [0, 3]}
         small |= {"logging_images": 3, "preview_images": 3, "ablation": True, "final": True}
@@ -172,9 +200,10 @@ def main() -> None:
     missing = [name for name in names if not (args.output / name / "run.json").exists()]
     if missing:
         sys.exit(f"{', '.join(missing)} did not end; start the same command again to go on.")
-    if args.final or args.card:
+    if args.final or args.card or args.held_out:
         runs = [json.loads((args.output / name / "run.json").read_text()) for name in names]
-        report(args, runs)
+        photos = split_rows(args)[1] if args.held_out else load_rows(args.dataset, "test")
+        report(args, runs, photos)
 
 
 if __name__ == "__main__":

@@ -7,10 +7,9 @@ import argparse
 import json
 import re
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-
-from pix2pix_train_data import load_rows
 
 from hf_efficient import Pix2PixImageProcessor, Pix2PixModel, evaluate_robustness
 from hf_efficient.hub import write_results
@@ -48,10 +47,9 @@ translate("sample.png").save("photo.png")
 """
 
 
-def report(args: argparse.Namespace, runs: list[dict[str, Any]]) -> None:
-    """Measure every run on the test split, print the tables, write `results.json` and, on demand, the checkpoint."""
+def report(args: argparse.Namespace, runs: list[dict[str, Any]], photos: Sequence[dict[str, Any]]) -> None:
+    """Measure every run on `photos`, print the tables, write `results.json` and, on demand, the checkpoint."""
     meta = run_meta()
-    photos = load_rows(args.dataset, "test")
     models = {run["run"]: _published(args, run["run"]) for run in runs}
     robustness = evaluate_robustness(
         models,
