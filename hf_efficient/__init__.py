@@ -53,7 +53,7 @@ _EXPORTS: dict[str, str] = {
     "cartoonize": "pix2pix.cartoonize_pix2pix",
     "evaluate_robustness": "pix2pix.robustness_pix2pix",
     # the whole house
-    "efficiency_report": "report",
+    "efficiency_report": "report.model_report",
     "push_checkpoint": "hub",
 }
 

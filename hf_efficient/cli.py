@@ -46,8 +46,8 @@ _COMMANDS: dict[str, tuple[str, str, str]] = {
     "cartoonize": ("pix2pix.commands_pix2pix", "Cartoonize", "turn photographs into cartoons"),
     "translate": ("pix2pix.commands_pix2pix", "Translate", "translate pictures with an image-to-image model"),
     "robustness": ("pix2pix.commands_pix2pix", "Robustness", "measure a cartoon-to-photo model on other cartoons"),
-    "report": ("report_command", "Report", "measure what a model costs and what a method saves"),
-    "demo": ("demo", "Demo", "show the four methods in a browser"),
+    "report": ("report.commands_report", "Report", "measure what a model costs and what a method saves"),
+    "demo": ("demo.commands_demo", "Demo", "show the four methods in a browser"),
     "push": ("hub", "Push", "push a checkpoint folder with its card to the Hub"),
 }
 

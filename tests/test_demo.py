@@ -25,13 +25,13 @@ from hf_efficient import (
     Pix2PixModel,
     cli,
     count_flops,
-    demo,
 )
-from hf_efficient.demo_dynamic_llava import DynamicLlavaDemo, _find_threshold
-from hf_efficient.demo_kdfs import KDFSDemo
-from hf_efficient.demo_pictures import MAX_SIDE, OUTLINE, block, draw_patches, paragraph, read_picture, table
-from hf_efficient.demo_pix2pix import Pix2PixDemo
-from hf_efficient.demo_toe import PRESETS, ToEDemo
+from hf_efficient.demo import serve_demo
+from hf_efficient.demo.dynamic_llava_demo import DynamicLlavaDemo, _find_threshold
+from hf_efficient.demo.kdfs_demo import KDFSDemo
+from hf_efficient.demo.pictures_demo import MAX_SIDE, OUTLINE, block, draw_patches, paragraph, read_picture, table
+from hf_efficient.demo.pix2pix_demo import Pix2PixDemo
+from hf_efficient.demo.toe_demo import PRESETS, ToEDemo
 from hf_efficient.dynamic_llava import quickstart_dynamic_llava
 from hf_efficient.kdfs.modeling_kdfs_pruned import build_network
 
@@ -159,7 +159,7 @@ def test_everything_may_be_kept_and_unknown_words_are_named(llava, photo):
 
 
 def test_share_of_words_is_aimed_at(llava, monkeypatch):
-    monkeypatch.setattr("hf_efficient.demo_dynamic_llava.MAX_ANSWER", 9)
+    monkeypatch.setattr("hf_efficient.demo.dynamic_llava_demo.MAX_ANSWER", 9)
     name, path, question = next(example for example in llava.examples() if example[0] == "scenes")
     model, processor = llava.load(name)
     picture, rates = read_picture(path), {"vision_keep_rate": 0.4}
@@ -276,9 +276,9 @@ def test_digits_are_trained_where_the_checkpoint_is_missing(photo, monkeypatch):
     with pytest.raises(ValueError, match="press the button that trains"):
         tab.compare(photo)
     rows, held_out = load_digits_images()
-    monkeypatch.setattr("hf_efficient.demo_kdfs.load_digits_images", lambda: (rows[:64], held_out))
-    monkeypatch.setattr("hf_efficient.demo_kdfs.DENSE_EPOCHS", 5)
-    monkeypatch.setattr("hf_efficient.demo_kdfs.PRUNE_EPOCHS", 10)
+    monkeypatch.setattr("hf_efficient.demo.kdfs_demo.load_digits_images", lambda: (rows[:64], held_out))
+    monkeypatch.setattr("hf_efficient.demo.kdfs_demo.DENSE_EPOCHS", 5)
+    monkeypatch.setattr("hf_efficient.demo.kdfs_demo.PRUNE_EPOCHS", 10)
     told = []
     text = words(tab.train_digits(lambda share, doing: told.append((share, doing))))
     assert "Not resnet20-kdfs-cifar10, which is missing: a ResNet-8 trained just now on 64 handwritten digits" in text
@@ -327,13 +327,13 @@ def test_cartoon_without_a_checkpoint(photo):
 @pytest.fixture
 def page_module():
     pytest.importorskip("gradio")
-    from hf_efficient import demo_page
+    from hf_efficient.demo import page_demo
 
-    return demo_page
+    return page_demo
 
 
 def test_a_mistake_becomes_a_sentence_and_the_last_result_stays(page_module, caplog):
-    gradio = demo.import_gradio()
+    gradio = serve_demo.import_gradio()
 
     def fail(mistake: Exception) -> str:
         raise mistake
@@ -349,7 +349,7 @@ def test_a_mistake_becomes_a_sentence_and_the_last_result_stays(page_module, cap
 
 
 def test_the_page_asks_nobody_else(page_module):
-    app = page_module.build_demo(demo.Checkpoints(), demo.import_gradio())
+    app = page_module.build_demo(serve_demo.Checkpoints(), serve_demo.import_gradio())
     assert os.environ["GRADIO_ANALYTICS_ENABLED"] == "False"
     assert app.analytics_enabled is False
     assert app.config["analytics_enabled"] is False
@@ -360,25 +360,25 @@ def test_the_page_asks_nobody_else(page_module):
         "Pix2Pix",
     ]
     assert not re.findall(r"https?://.{60}", str([component["props"] for component in app.config["components"]]))
-    theme = page_module.make_theme(demo.import_gradio())
+    theme = page_module.make_theme(serve_demo.import_gradio())
     assert not theme._stylesheets
 
 
 def test_checkpoints_are_found_beside_the_package_or_named(monkeypatch, vit):
-    found = demo.Checkpoints.find(toe="someone/vit")
+    found = serve_demo.Checkpoints.find(toe="someone/vit")
     assert list(found.llava) == ["easy-VQA", "scenes"]
     assert found.toe == "someone/vit"
-    named = demo.Checkpoints.find(llava=[str(CARDS / "dynamic-llava-scenes")], kdfs="someone/pruned")
+    named = serve_demo.Checkpoints.find(llava=[str(CARDS / "dynamic-llava-scenes")], kdfs="someone/pruned")
     assert list(named.llava) == ["dynamic-llava-scenes"]
     assert (named.kdfs, named.kdfs_dense) == ("someone/pruned", None)
     with pytest.raises(FileNotFoundError, match="nowhere holds no config"):
-        demo.Checkpoints.find(llava=["nowhere"])
+        serve_demo.Checkpoints.find(llava=["nowhere"])
 
     def wheel() -> Path:
         raise FileNotFoundError
 
-    monkeypatch.setattr(demo, "find_checkpoints", wheel)
-    assert demo.Checkpoints.find() == demo.Checkpoints()
+    monkeypatch.setattr(serve_demo, "find_checkpoints", wheel)
+    assert serve_demo.Checkpoints.find() == serve_demo.Checkpoints()
 
 
 def test_the_command_complains_well(monkeypatch, capsys):
@@ -418,8 +418,8 @@ def address(page_module, vit, pruned, generator, monkeypatch):
     """The demo served on the shipped sparse LLaVAs and three tiny checkpoints."""
     monkeypatch.setattr(quickstart_dynamic_llava, "REPEATS", 1)
     llava = {"easy-VQA": CARDS / "dynamic-llava-easy-vqa"}
-    checkpoints = demo.Checkpoints(llava, toe=vit, kdfs=pruned[0], kdfs_dense=pruned[1], pix2pix=generator)
-    app = demo.launch(checkpoints, host="127.0.0.1")
+    checkpoints = serve_demo.Checkpoints(llava, toe=vit, kdfs=pruned[0], kdfs_dense=pruned[1], pix2pix=generator)
+    app = serve_demo.launch(checkpoints, host="127.0.0.1")
     yield app.local_url
     app.close()
 

@@ -31,15 +31,15 @@ from hf_efficient import (
     cli,
     count_flops,
     efficiency_report,
-    report_measure,
     token_expansion,
 )
 from hf_efficient.kdfs.masking_kdfs import KDFSMaskedModel
 from hf_efficient.kdfs.slicing_kdfs import slice_network
 from hf_efficient.kdfs.structure_kdfs import read_structure
-from hf_efficient.report import judge
-from hf_efficient.report_llava import paper_flops
-from hf_efficient.report_measure import Cost, Phase, count_macs, outliers, peak_bytes
+from hf_efficient.report import measure_report
+from hf_efficient.report.llava_report import paper_flops
+from hf_efficient.report.measure_report import Cost, Phase, count_macs, outliers, peak_bytes
+from hf_efficient.report.model_report import judge
 
 
 IMAGE, TOKENS, WORDS, ANSWER = 60, 16, 7, 6
@@ -199,7 +199,7 @@ def test_dense_llava_alone_and_with_a_baseline(sparse_llava, question):
 def test_stages_of_toe(monkeypatch):
     model, rows = make_vit(), 17
     seconds = iter([2.0] * 100)
-    monkeypatch.setattr(report_measure, "read_clocks", lambda run, device: (next(seconds), 1.0) if not run() else None)
+    monkeypatch.setattr(measure_report, "read_clocks", lambda run, device: (next(seconds), 1.0) if not run() else None)
     report = efficiency_report(model, labelled(), repeats=2)
     assert report.kind == "toe"
     assert report.kept == {"patch_tokens": 16, "kept_in_stages": {"1": 8, "2": 12, "3": 16}}
@@ -345,7 +345,7 @@ def phase(speedups, cpu=None, name="prefill", **costs) -> Phase:
 
 
 def test_no_gain_against_itself(monkeypatch):
-    monkeypatch.setattr(report_measure, "read_clocks", lambda run, device: (run(), (0.5, 0.5))[1])
+    monkeypatch.setattr(measure_report, "read_clocks", lambda run, device: (run(), (0.5, 0.5))[1])
     model = nn.Linear(4, 4)
     report = efficiency_report(model, {"input": torch.zeros(1, 4)}, model, repeats=5)
     assert report.verdict == "No gain. No gain in time, within noise: forward pass (1.00x)."
@@ -514,7 +514,7 @@ def test_command_complains_in_one_sentence(networks, capsys, options, sentence):
 def test_kinds_that_the_command_loads(repository):
     from transformers import BertConfig, ResNetConfig
 
-    from hf_efficient.report_command import _choose_auto
+    from hf_efficient.report.commands_report import _choose_auto
 
     assert _choose_auto(ResNetConfig()).__name__ == "AutoModelForImageClassification"
     assert _choose_auto(Pix2PixConfig()).__name__ == "AutoModelForImageToImage"

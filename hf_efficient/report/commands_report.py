@@ -64,7 +64,7 @@ def run_report(arguments: argparse.Namespace) -> dict[str, Any]:
     """
     import torch
 
-    from .report import efficiency_report
+    from .model_report import efficiency_report
 
     _check(arguments)
     threads = torch.get_num_threads()
@@ -112,7 +112,7 @@ def _check(arguments: argparse.Namespace) -> None:
     if (arguments.device or "").startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"--device {arguments.device}: torch sees no such GPU here; leave it out.")
     if arguments.plot:
-        from .report_figure import check_ending
+        from .figures_report import check_ending
 
         if not check_ending(arguments.plot).absolute().parent.is_dir():
             raise FileNotFoundError(f"--plot {arguments.plot}: the folder does not exist; create it first.")
@@ -178,8 +178,9 @@ def _make_inputs(auto: Any, model: Any, picture: Any, arguments: argparse.Namesp
     """Inputs for the model, and the schedule of ToE (False measures the forward pass)."""
     import torch
 
-    from .report_toe import can_train_with_toe
-    from .toe.configuration_toe import ToEConfig
+    from hf_efficient.toe.configuration_toe import ToEConfig
+
+    from .toe_report import can_train_with_toe
 
     if auto.__name__ == "AutoModelForImageTextToText":
         return _ask(model, picture, arguments), None

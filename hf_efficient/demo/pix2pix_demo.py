@@ -7,10 +7,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from .demo import CARDS
-from .demo_pictures import block, paragraph, read_picture, table
-from .pix2pix.cartoonize_pix2pix import MAX_STRENGTH, METHODS, cartoonize
-from .pix2pix.pipeline_pix2pix import ImageToImagePipeline
+from hf_efficient.pix2pix.cartoonize_pix2pix import MAX_STRENGTH, METHODS, cartoonize
+from hf_efficient.pix2pix.pipeline_pix2pix import ImageToImagePipeline
+
+from .pictures_demo import block, paragraph, read_picture, table
+from .serve_demo import CARDS
 
 
 CARD = CARDS["pix2pix"]

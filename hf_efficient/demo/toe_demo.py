@@ -7,12 +7,13 @@ import numpy as np
 import torch
 from transformers import AutoImageProcessor, AutoModelForImageClassification, ViTConfig, ViTForImageClassification
 
-from .demo import CARDS
-from .demo_pictures import block, crop_square, draw_patches, figure, paragraph, read_picture, table
-from .toe.configuration_toe import ToEConfig
-from .toe.cost_toe import speedup_bound
-from .toe.expansion_toe import TokenExpansion
-from .toe.figures_toe import choose_patches
+from hf_efficient.toe.configuration_toe import ToEConfig
+from hf_efficient.toe.cost_toe import speedup_bound
+from hf_efficient.toe.expansion_toe import TokenExpansion
+from hf_efficient.toe.figures_toe import choose_patches
+
+from .pictures_demo import block, crop_square, draw_patches, figure, paragraph, read_picture, table
+from .serve_demo import CARDS
 
 
 CARD = CARDS["toe"]

@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from .demo_pictures import block, draw_patches, figure, paragraph, read_picture, table
-from .dynamic_llava.quickstart_dynamic_llava import compare_answers, load_checkpoint
+from hf_efficient.dynamic_llava.quickstart_dynamic_llava import compare_answers, load_checkpoint
+
+from .pictures_demo import block, draw_patches, figure, paragraph, read_picture, table
 
 
 MAX_QUESTION, MAX_ANSWER = 300, 160  # characters, tokens

@@ -1,68 +1,17 @@
-"""`hf-efficient demo`: the four methods in a browser, on the checkpoints beside the package or on those named.
+"""Find the checkpoints of the demo and serve its page, without analytics and without network."""
 
-One tab a method. What a tab does stands in `demo_<method>.py`, which knows no Gradio, the page around it in
-`demo_page.py`; this file finds the checkpoints and serves the page. No analytics, no network.
-"""
-
-import argparse
 import os
-import sys
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from .quickstart import find_checkpoints
+from hf_efficient.quickstart import find_checkpoints
 
 
 LLAVA_CARDS = {"easy-VQA": "dynamic-llava-easy-vqa", "scenes": "dynamic-llava-scenes"}
 CARDS = {"toe": "vit-toe-cifar10", "kdfs": "resnet20-kdfs-cifar10", "pix2pix": "pix2pix-cartoon2photo"}
 DENSE_CARD = "resnet20-cifar10"  # the network that the card of KDFS was pruned from
-PORT = 7860
-
-
-class Demo:
-    """Show the four methods in a browser, on this machine.
-
-    Ask a sparse LLaVA, see which patches ToE trains on, what KDFS cut out of a network, and a cartoon become a
-    photograph. The checkpoints are read from model_cards/ of a clone; others are named by id or folder. A tab whose
-    checkpoint is missing says so and does what it can. Ctrl-C ends it.
-
-    Examples:
-      hf-efficient demo
-      hf-efficient demo --port 8000 --no-browser
-      hf-efficient demo --host 0.0.0.0 --llava ./sparse-llava --toe google/vit-base-patch16-224
-    """
-
-    @staticmethod
-    def add_arguments(parser: argparse.ArgumentParser) -> None:
-        """Add the arguments of `demo` to `parser`."""
-        parser.add_argument(
-            "--host",
-            default="127.0.0.1",
-            metavar="ADDRESS",
-            help="address to listen on; 0.0.0.0 lets other machines in (default: 127.0.0.1)",
-        )
-        parser.add_argument("--port", type=int, default=PORT, metavar="N", help=f"port (default: {PORT})")
-        parser.add_argument("--no-browser", action="store_true", help="do not open a browser")
-        parser.add_argument("--llava", nargs="+", metavar="DIR", help="folders of sparse LLaVAs")
-        parser.add_argument("--toe", metavar="MODEL", help="vision transformer, a folder or a Hub id")
-        parser.add_argument("--kdfs", metavar="MODEL", help="network pruned by KDFS, a folder or a Hub id")
-        parser.add_argument("--kdfs-dense", metavar="MODEL", help="the network it was pruned from")
-        parser.add_argument("--pix2pix", metavar="MODEL", help="cartoon-to-photo model, a folder or a Hub id")
-
-    @staticmethod
-    def run(arguments: argparse.Namespace) -> dict[str, Any]:
-        """Serve the page until it is interrupted."""
-        if not 1 <= arguments.port <= 65535:
-            raise ValueError(f"--port must be from 1 to 65535, got {arguments.port}.")
-        names = {name: getattr(arguments, name) for name in ("toe", "kdfs", "kdfs_dense", "pix2pix")}
-        checkpoints = Checkpoints.find(llava=arguments.llava, **names)
-        app = launch(checkpoints, host=arguments.host, port=arguments.port, browser=not arguments.no_browser)
-        if not arguments.quiet:
-            sys.stderr.write(f"The demo runs at {app.local_url} until Ctrl-C.\n")  # standard output is the result's
-        app.block_thread()
-        return {"url": app.local_url}
 
 
 @dataclass(frozen=True)
@@ -137,7 +86,7 @@ def launch(
         OSError: If the port is taken.
     """
     gradio = import_gradio()
-    page = import_module(".demo_page", __package__)  # brings torch and the methods, which --help does without
+    page = import_module(".page_demo", __package__)  # brings torch and the methods, which --help does without
     app = page.build_demo(Checkpoints.find() if checkpoints is None else checkpoints, gradio)
     app.queue(default_concurrency_limit=1)
     app.launch(

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from .quickstart import format_table
-from .report_llava import check_llava_inputs, is_llava, is_sparse, measure_llava
-from .report_measure import MARGIN, MIN_ROUNDS, Phase, Work, compare, find_device, measure, move, untouched
-from .report_toe import can_train_with_toe, check_toe_model, measure_toe
-from .results import run_meta
-from .toe.configuration_toe import ToEConfig
+from hf_efficient.quickstart import format_table
+from hf_efficient.results import run_meta
+from hf_efficient.toe.configuration_toe import ToEConfig
+
+from .llava_report import check_llava_inputs, is_llava, is_sparse, measure_llava
+from .measure_report import MARGIN, MIN_ROUNDS, Phase, Work, compare, find_device, measure, move, untouched
+from .toe_report import can_train_with_toe, check_toe_model, measure_toe
 
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ class EfficiencyReport:
         baseline (`str`, *optional*): What it is compared with, in words.
         inputs (`dict[str, str]`): Names and shapes.
         parameters (`dict[str, int]`): Of `"model"` and `"baseline"`.
-        phases (`tuple[Phase, ...]`): Costs by phase, see [`hf_efficient.report_measure.Phase`].
+        phases (`tuple[Phase, ...]`): Costs by phase, see [`hf_efficient.report.measure_report.Phase`].
         kept (`dict`): Tokens or filters, before and after.
         settings (`dict`): `rounds`, `device`, `dtype`, `threads`.
         notes (`tuple[str, ...]`): What a reader must know.
@@ -138,7 +139,7 @@ class EfficiencyReport:
         Raises:
             ImportError: If matplotlib is missing.
         """
-        from .report_figure import draw_report
+        from .figures_report import draw_report
 
         return draw_report(self)
 
@@ -155,7 +156,7 @@ class EfficiencyReport:
             ValueError: If the ending is another one.
             ImportError: If matplotlib is missing.
         """
-        from .report_figure import save_figure
+        from .figures_report import save_figure
 
         return save_figure(self.figure(), file)
 

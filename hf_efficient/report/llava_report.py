@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-from .dynamic_llava.decoder_dynamic_llava import CACHE
-from .dynamic_llava.sparsity_dynamic_llava import prefill_flops
-from .report_measure import Phase, Work, cache_bytes, compare, measure
+from hf_efficient.dynamic_llava.decoder_dynamic_llava import CACHE
+from hf_efficient.dynamic_llava.sparsity_dynamic_llava import prefill_flops
+
+from .measure_report import Phase, Work, cache_bytes, compare, measure
 
 
 UNCACHED_STEPS = 8  # their costs lie on a line: more of them would only take longer

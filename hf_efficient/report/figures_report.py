@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .report_measure import Phase
+from .measure_report import Phase
 
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from .report import EfficiencyReport
+    from .model_report import EfficiencyReport
 
 ENDINGS = (".png", ".svg", ".pdf")
 _COLOURS = {
@@ -47,7 +47,7 @@ def draw_report(report: "EfficiencyReport") -> "Figure":
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError('The picture needs matplotlib; run pip install -e ".[quickstart]".') from error
-    from .report import describe_kept
+    from .model_report import describe_kept
 
     compared = [phase for phase in report.phases if phase.baseline is not None]
     bars = [bar for phase in compared or report.phases for bar in _bars(phase)]
@@ -99,7 +99,7 @@ def _bars(phase: Phase) -> list[tuple[str, float, float | None, str]]:
 
 
 def _figure(number: float, scale: float, name: str) -> str:
-    from .report import with_prefix
+    from .model_report import with_prefix
 
     if name in ("MACs", "paper FLOPs"):
         return with_prefix(number)

@@ -6,10 +6,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from .report_measure import Cost, Phase, Work, compare, measure
-from .toe.attachment_toe import ToEAttachment, find_encoder, reset_compiler
-from .toe.configuration_toe import ToEConfig
-from .toe.expansion_toe import TokenExpansion
+from hf_efficient.toe.attachment_toe import ToEAttachment, find_encoder, reset_compiler
+from hf_efficient.toe.configuration_toe import ToEConfig
+from hf_efficient.toe.expansion_toe import TokenExpansion
+
+from .measure_report import Cost, Phase, Work, compare, measure
 
 
 def can_train_with_toe(model: nn.Module) -> bool:

@@ -1,4 +1,4 @@
-"""The page of the demo: four tabs of Gradio around what `demo_<method>.py` does.
+"""The page of the demo: four tabs of Gradio around what `<method>_demo.py` does.
 
 Mistakes of a visitor come back as a sentence above the last result, which stays.
 """
@@ -12,11 +12,11 @@ from typing import Any
 from PIL import Image
 from transformers.utils import logging
 
-from .demo_dynamic_llava import MAX_QUESTION, DynamicLlavaDemo
-from .demo_kdfs import KDFSDemo, digit_examples
-from .demo_pictures import MAX_BYTES, STYLE, block, paragraph
-from .demo_pix2pix import MAX_STRENGTH, TITLES, Pix2PixDemo
-from .demo_toe import PRESETS, ToEDemo
+from .dynamic_llava_demo import MAX_QUESTION, DynamicLlavaDemo
+from .kdfs_demo import KDFSDemo, digit_examples
+from .pictures_demo import MAX_BYTES, STYLE, block, paragraph
+from .pix2pix_demo import MAX_STRENGTH, TITLES, Pix2PixDemo
+from .toe_demo import PRESETS, ToEDemo
 
 
 logger = logging.get_logger(__name__)

@@ -12,15 +12,16 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import AutoImageProcessor, PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 
-from .demo import CARDS
-from .demo_pictures import block, crop_square, figure, paragraph, read_picture, table
-from .kdfs.configuration_cifar_resnet import CifarResNetConfig
-from .kdfs.configuration_kdfs import KDFSConfig
-from .kdfs.flops_kdfs import count_flops
-from .kdfs.modeling_cifar_resnet import CifarResNetForImageClassification
-from .kdfs.modeling_kdfs_pruned import build_network
-from .kdfs.pruner_kdfs import KDFSPruner, load_classifier, measure_latency
-from .kdfs.quickstart_kdfs import load_digits_images
+from hf_efficient.kdfs.configuration_cifar_resnet import CifarResNetConfig
+from hf_efficient.kdfs.configuration_kdfs import KDFSConfig
+from hf_efficient.kdfs.flops_kdfs import count_flops
+from hf_efficient.kdfs.modeling_cifar_resnet import CifarResNetForImageClassification
+from hf_efficient.kdfs.modeling_kdfs_pruned import build_network
+from hf_efficient.kdfs.pruner_kdfs import KDFSPruner, load_classifier, measure_latency
+from hf_efficient.kdfs.quickstart_kdfs import load_digits_images
+
+from .pictures_demo import block, crop_square, figure, paragraph, read_picture, table
+from .serve_demo import CARDS
 
 
 CARD = CARDS["kdfs"]
