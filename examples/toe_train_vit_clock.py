@@ -98,8 +98,10 @@ def time_steps(args: argparse.Namespace, model: PreTrainedModel, batches: Batche
         if expansion is not None:
             attachment.expansion = expansion
             attachment.arm(stage)
-        logits = model(pixel_values=batch["pixel_values"]).logits
-        nn.functional.cross_entropy(logits, batch["labels"], label_smoothing=args.label_smoothing).backward()
+        with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
+            logits = model(pixel_values=batch["pixel_values"]).logits
+        loss = nn.functional.cross_entropy(logits.float(), batch["labels"], label_smoothing=args.label_smoothing)
+        loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         model.zero_grad()

@@ -20,7 +20,7 @@ ARMS = ("full", "toe", "random")
 # everything that decides what comes out of a run; runs of a comparison have it in common
 RECIPE = (
     *("model", "epochs", "batch_size", "learning_rate", "weight_decay", "warmup", "label_smoothing", "shift", "flip"),
-    *("width", "depth", "image_size", "patch_size", "validation_rows", "gpu"),
+    *("width", "depth", "image_size", "patch_size", "validation_rows", "gpu", "bf16"),
 )
 # one allocation after the other of the same few sizes: keep the memory instead of handing it back to the system
 MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**34), "MALLOC_ARENA_MAX": "1"}
