@@ -8,6 +8,7 @@ from typing import Any
 
 PROMPT = "What is in the picture?"
 _SCHEDULES = ("deit", "lv-vit", "efficient-train", "fast", "off")
+_LEAST = {"batch_size": 1, "new_tokens": 2, "repeats": 1, "threads": 1, "size": 1}
 
 
 class Report:
@@ -46,62 +47,41 @@ class Report:
     @staticmethod
     def run(arguments: argparse.Namespace) -> dict[str, Any]:
         """Load, measure, and show the table and the verdict."""
-        return run_report(arguments)
+        import torch
 
+        from .model_report import efficiency_report
 
-def run_report(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The command itself.
-
-    Args:
-        arguments (`argparse.Namespace`): As parsed.
-
-    Returns:
-        `dict`: The report, the model and the picture it was measured on, and `text` for the terminal.
-
-    Raises:
-        ValueError: If an argument, the picture or a model does not fit.
-        OSError: If a model or a picture cannot be read.
-    """
-    import torch
-
-    from .model_report import efficiency_report
-
-    _check(arguments)
-    threads = torch.get_num_threads()
-    try:
-        if arguments.threads:
-            torch.set_num_threads(arguments.threads)
-        picture, shown = _open_picture(arguments.image)
-        auto, model = _load(arguments.model, arguments)
-        baseline = None
-        if arguments.baseline:
-            other, baseline = _load(arguments.baseline, arguments)
+        _check(arguments)
+        threads = torch.get_num_threads()
+        try:
+            torch.set_num_threads(arguments.threads or threads)
+            picture, shown = _open_picture(arguments.image)
+            auto, model = _load(arguments.model, arguments)
+            other, baseline = _load(arguments.baseline, arguments) if arguments.baseline else (auto, None)
             if other is not auto:
                 raise ValueError(
                     f"--baseline {arguments.baseline} is of another kind ({type(baseline).__name__}) than the model "
                     f"({type(model).__name__}): name a model that takes the same input."
                 )
-        inputs, toe = _make_inputs(auto, model, picture, arguments)
-        report = efficiency_report(
-            model, inputs, baseline, repeats=arguments.repeats, new_tokens=arguments.new_tokens, toe=toe
-        )
-        values = report.to_dict() | {"model": arguments.model, "picture": shown}
-    finally:
-        torch.set_num_threads(threads)
-    lines = [arguments.model, str(report), f"Picture: {shown}."]
-    if arguments.plot:
-        values["plot"] = str(report.plot(arguments.plot))
-        lines.append(f"Wrote {arguments.plot}.")
-    printable = ("".join(c for c in line if c.isprintable()) for line in "\n".join(lines).split("\n"))
-    return {**values, "text": "\n".join(printable)}
+            inputs, toe = _make_inputs(auto.__name__, model, picture, arguments)
+            counts = {"repeats": arguments.repeats, "new_tokens": arguments.new_tokens}
+            report = efficiency_report(model, inputs, baseline, toe=toe, **counts)
+            values = report.to_dict() | {"model": arguments.model, "picture": shown}
+        finally:
+            torch.set_num_threads(threads)
+        lines = [arguments.model, *str(report).split("\n"), f"Picture: {shown}."]
+        if arguments.plot:
+            values["plot"] = str(report.plot(arguments.plot))
+            lines.append(f"Wrote {arguments.plot}.")
+        printable = ("".join(filter(str.isprintable, line)) for line in lines)
+        return {**values, "text": "\n".join(printable)}
 
 
 def _check(arguments: argparse.Namespace) -> None:
     """Refuse wrong options before anything is loaded."""
     import torch
 
-    least = {"batch_size": 1, "new_tokens": 2, "repeats": 1, "threads": 1, "size": 1}
-    for name, low in least.items():
+    for name, low in _LEAST.items():
         value = getattr(arguments, name)
         if value is not None and value < low:
             raise ValueError(f"--{name.replace('_', '-')} must be at least {low}, got {value}.")
@@ -137,22 +117,25 @@ def _open_picture(file: str | None) -> tuple[Any, str]:
     return Image.fromarray(data.astronaut()), "scikit-image's astronaut"
 
 
+def _trust(arguments: argparse.Namespace) -> dict[str, bool]:
+    return {"trust_remote_code": True} if arguments.trust_remote_code else {}
+
+
 def _load(name: str, arguments: argparse.Namespace) -> tuple[Any, Any]:
     """The Auto class that fits a checkpoint, and the model on its device."""
     import torch
     from transformers import AutoConfig
 
-    trust = {"trust_remote_code": True} if arguments.trust_remote_code else {}
     try:
-        config = AutoConfig.from_pretrained(name, **trust)
+        config = AutoConfig.from_pretrained(name, **_trust(arguments))
     except (OSError, ValueError, KeyError) as error:
         where = "holds no configuration" if Path(name).is_dir() else "is no folder here and no Hub id"
         reason = str(error).strip().split("\n")[0].split(". ")[0].rstrip(".")
         raise ValueError(f"MODEL {name} {where} that could be loaded ({reason}).") from error
     auto = _choose_auto(config)
-    model = auto.from_pretrained(name, config=config, dtype=getattr(torch, arguments.dtype), **trust)
-    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return auto, model.to(device).eval()
+    dtype = getattr(torch, arguments.dtype)
+    model = auto.from_pretrained(name, config=config, dtype=dtype, **_trust(arguments))
+    return auto, model.to(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
 
 
 def _choose_auto(config: Any) -> Any:
@@ -174,7 +157,7 @@ def _choose_auto(config: Any) -> Any:
     )
 
 
-def _make_inputs(auto: Any, model: Any, picture: Any, arguments: argparse.Namespace) -> tuple[dict[str, Any], Any]:
+def _make_inputs(auto: str, model: Any, picture: Any, arguments: argparse.Namespace) -> tuple[dict[str, Any], Any]:
     """Inputs for the model, and the schedule of ToE (False measures the forward pass)."""
     import torch
 
@@ -182,15 +165,16 @@ def _make_inputs(auto: Any, model: Any, picture: Any, arguments: argparse.Namesp
 
     from .toe_report import can_train_with_toe
 
-    if auto.__name__ == "AutoModelForImageTextToText":
+    if auto == "AutoModelForImageTextToText":
         return _ask(model, picture, arguments), None
     if arguments.prompt is not None:
         raise ValueError(f"--prompt is for a LLaVA, but {arguments.model} takes no text: leave it out.")
-    inputs = {"pixel_values": _make_pixels(auto, model, picture, arguments)}
-    if auto.__name__ != "AutoModelForImageClassification" or arguments.toe == "off" or not can_train_with_toe(model):
+    classifies, count = auto == "AutoModelForImageClassification", arguments.batch_size
+    pixels = _make_pixels(classifies, model.config, picture, arguments)
+    inputs = {"pixel_values": pixels.repeat(count, 1, 1, 1).to(model.dtype)}
+    if not classifies or arguments.toe == "off" or not can_train_with_toe(model):
         return inputs, False
-    inputs["labels"] = torch.zeros(arguments.batch_size, dtype=torch.long)
-    return inputs, ToEConfig.preset(arguments.toe)
+    return inputs | {"labels": torch.zeros(count, dtype=torch.long)}, ToEConfig.preset(arguments.toe)
 
 
 def _ask(model: Any, picture: Any, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -199,8 +183,7 @@ def _ask(model: Any, picture: Any, arguments: argparse.Namespace) -> dict[str, A
 
     if arguments.size is not None:
         raise ValueError("--size does not fit a LLaVA, whose vision tower has a size of its own: leave it out.")
-    trust = {"trust_remote_code": True} if arguments.trust_remote_code else {}
-    processor = AutoProcessor.from_pretrained(arguments.model, **trust)
+    processor = AutoProcessor.from_pretrained(arguments.model, **_trust(arguments))
     prompt, token = PROMPT if arguments.prompt is None else arguments.prompt, processor.image_token
     if token in prompt:
         raise ValueError(f"--prompt must be words alone, got {token!r} in it, which stands for the picture.")
@@ -210,24 +193,21 @@ def _ask(model: Any, picture: Any, arguments: argparse.Namespace) -> dict[str, A
         text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
     count = arguments.batch_size
     inputs = processor(text=[text] * count, images=[picture] * count, return_tensors="pt")
-    inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
-    return dict(inputs)
+    return {**inputs, "pixel_values": inputs["pixel_values"].to(model.dtype)}
 
 
-def _make_pixels(auto: Any, model: Any, picture: Any, arguments: argparse.Namespace) -> Any:
-    """Pixels `(batch, channels, height, width)`: by the processor of the checkpoint, or scaled to [-1, 1]."""
+def _make_pixels(classifies: bool, config: Any, picture: Any, arguments: argparse.Namespace) -> Any:
+    """Pixels `(1, channels, height, width)`: by the processor of a classifier, or scaled to [-1, 1]."""
     import numpy as np
     import torch
     from PIL import Image
     from transformers import AutoImageProcessor
 
-    config, size = model.config, arguments.size
-    if size is None and auto.__name__ == "AutoModelForImageClassification":
-        trust = {"trust_remote_code": True} if arguments.trust_remote_code else {}
+    size = arguments.size
+    if size is None and classifies:
         try:
-            processor = AutoImageProcessor.from_pretrained(arguments.model, **trust)
-            pixels = processor(images=[picture], return_tensors="pt")["pixel_values"]
-            return pixels.repeat(arguments.batch_size, 1, 1, 1).to(model.dtype)
+            processor = AutoImageProcessor.from_pretrained(arguments.model, **_trust(arguments))
+            return processor(images=[picture], return_tensors="pt")["pixel_values"]
         except OSError:  # none was saved: the configuration may know the size
             size = (getattr(config, "input_shape", None) or [None])[-1]
     size = size or getattr(config, "image_size", None)
@@ -236,4 +216,4 @@ def _make_pixels(auto: Any, model: Any, picture: Any, arguments: argparse.Namesp
     channels = getattr(config, "num_channels", 3)
     square = picture.convert("L" if channels == 1 else "RGB").resize((size, size), Image.Resampling.BICUBIC)
     values = torch.from_numpy(np.asarray(square).copy()).reshape(size, size, channels).permute(2, 0, 1)
-    return (values.float() / 127.5 - 1).repeat(arguments.batch_size, 1, 1, 1).to(model.dtype)
+    return values[None].float() / 127.5 - 1

@@ -7,57 +7,45 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .measure_report import Phase
+from .model_report import EfficiencyReport, describe_kept, with_prefix
 
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from .model_report import EfficiencyReport
-
 ENDINGS = (".png", ".svg", ".pdf")
-_COLOURS = {
-    "MACs": "#6f7b88",
-    "paper FLOPs": "#b3bac2",
-    "wall time": "#1f6fb2",
-    "CPU time": "#7db3dc",
-    "cache": "#2e8b57",
-    "peak": "#b58d3d",
+# measure -> field of a cost, colour, factor of its figures (None: a decimal prefix) and their unit
+_MEASURES = {
+    "MACs": ("macs", "#6f7b88", None, "MACs"),
+    "paper FLOPs": ("paper_flops", "#b3bac2", None, "FLOPs"),
+    "wall time": ("wall_seconds", "#1f6fb2", 1e3, "ms a {}"),
+    "CPU time": ("cpu_seconds", "#7db3dc", 1e3, "ms a {}"),
+    "cache": ("cache_bytes", "#2e8b57", 1e-3, "kB"),
+    "peak": ("peak_bytes", "#b58d3d", 1e-6, "MB"),
 }
-_TIMES = {"wall time": "wall", "CPU time": "cpu"}
-MOST = 2.0  # shares are cut off there; their figures stand beside
+_CLOCKS = {"wall time": "wall", "CPU time": "cpu"}
+_MOST = 2.0  # shares are cut off there; their figures stand beside
 _ROUGH = 1e6  # bytes; below it the resident memory of a process says nothing
 _DARK, _LIGHT = "#222222", "#8a8f98"
 
 
-def draw_report(report: "EfficiencyReport") -> "Figure":
-    """Draw a report: one group of bars a phase; the line at 1 is the baseline.
-
-    Args:
-        report ([`EfficiencyReport`]): What to draw.
-
-    Returns:
-        `matplotlib.figure.Figure`
-
-    Raises:
-        ImportError: If matplotlib is missing.
-    """
+def draw_report(report: EfficiencyReport) -> "Figure":
+    """Draw a report: one group of bars a phase; the line at 1 is the baseline. matplotlib must be there."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError('The picture needs matplotlib; run pip install -e ".[quickstart]".') from error
-    from .model_report import describe_kept
 
     compared = [phase for phase in report.phases if phase.baseline is not None]
-    bars = [bar for phase in compared or report.phases for bar in _bars(phase)]
-    groups = len(compared or report.phases)
+    phases = compared or report.phases
     verdict = textwrap.wrap(f"Verdict: {report.verdict}", 100)
     facts = [f"baseline: {report.baseline}, {report.parameters['baseline']:,} parameters"] if report.baseline else []
     facts += [f"kept {text}" for text in describe_kept(report.kept)]
     facts = [line for fact in facts for line in textwrap.wrap(fact, 105)]
     head, foot = 0.5 + 0.2 * len(facts), 0.65 + 0.2 * len(verdict)
-    body = 0.3 * len(bars) + 0.42 * groups
+    body = sum(0.42 + 0.3 * len(_bars(phase)) for phase in phases)
     height = head + body + foot
     figure = Figure(figsize=(8.5, height), dpi=120, facecolor="white")
     FigureCanvasAgg(figure)
@@ -72,62 +60,51 @@ def draw_report(report: "EfficiencyReport") -> "Figure":
     for line, text in enumerate(verdict):
         write(height - 0.2 * (len(verdict) - line) + 0.07, text, color=_DARK)
     axes = figure.add_axes((1.15 / 8.5, foot / height, 4.7 / 8.5, body / height))
-    _draw(axes, compared or report.phases, bool(compared))
+    _draw(axes, phases, bool(compared))
     return figure
 
 
 def _bars(phase: Phase) -> list[tuple[str, float, float | None, str]]:
     """`(measure, model, baseline, text)` of everything that was measured in a phase."""
-    own, base = phase.model, phase.baseline
-    measures = {
-        "MACs": (own.macs, base and base.macs, 1, "MACs"),
-        "paper FLOPs": (own.paper_flops, base and base.paper_flops, 1, "FLOPs"),
-        "wall time": (own.wall_seconds, base and base.wall_seconds, 1e3, f"ms a {phase.unit}"),
-        "CPU time": (own.cpu_seconds, base and base.cpu_seconds, 1e3, f"ms a {phase.unit}"),
-        "cache": (own.cache_bytes, base and base.cache_bytes, 1e-3, "kB"),
-        "peak": (own.peak_bytes, base and base.peak_bytes, 1e-6, "MB"),
-    }
     bars = []
-    for name, (value, reference, scale, unit) in measures.items():
-        if value is None or (base is not None and not reference):
+    for name, (field, _, scale, unit) in _MEASURES.items():
+        value, reference = getattr(phase.model, field), phase.baseline and getattr(phase.baseline, field)
+        if value is None or (phase.baseline is not None and not reference):
             continue
         if name == "peak" and "cpu" in phase.clocks and max(value, reference or 0) < _ROUGH:
             continue
-        figures = [number for number in (reference, value) if number is not None]
-        bars.append((name, value, reference, " \u2192 ".join(_figure(n, scale, name) for n in figures) + f" {unit}"))
+        figures = " \u2192 ".join(_figure(number, scale) for number in (reference, value) if number is not None)
+        bars.append((name, value, reference, f"{figures} {unit.format(phase.unit)}"))
     return bars
 
 
-def _figure(number: float, scale: float, name: str) -> str:
-    from .model_report import with_prefix
-
-    if name in ("MACs", "paper FLOPs"):
+def _figure(number: float, scale: float | None) -> str:
+    if scale is None:
         return with_prefix(number)
-    scaled = number * scale
-    return f"{scaled:,.0f}" if scaled >= 1000 else f"{scaled:.3g}"
+    return f"{number * scale:,.0f}" if number * scale >= 1000 else f"{number * scale:.3g}"
 
 
 def _draw(axes: "Axes", phases: Sequence[Phase], compared: bool) -> None:
     """Draw shares of the baseline, or milliseconds where there is none; bars end at twice the baseline."""
-    top, ticks, names, longest = 0.0, [], [], 1.0 if compared else 0.0
+    top, longest, ticks = 0.0, 1.0 if compared else 0.0, {}
     for phase in phases:
-        _head(axes, top, phase)
+        style = {"fontsize": 9.5, "fontweight": "bold", "color": _DARK, "parse_math": False}
+        axes.annotate(phase.name, (0, top - 0.25), (5, 0), textcoords="offset points", **style)
         top += 0.35
         for name, value, reference, text in _bars(phase):
-            ratio = phase.speedup(_TIMES[name]) if compared and name in _TIMES else None
-            length = 1e3 * value if name in _TIMES else 0.0
+            ratio = phase.speedup(_CLOCKS[name]) if compared and name in _CLOCKS else None
+            length = 1e3 * value if name in _CLOCKS else 0.0
             if compared:
                 share = value / reference if ratio is None else 1 / ratio.median
-                length, text = min(share, MOST), f"{share:.2f}   {text}"
-            axes.barh(top, length, height=0.72, color=_COLOURS[name])
+                length, text = min(share, _MOST), f"{share:.2f}   {text}"
+            axes.barh(top, length, height=0.72, color=_MEASURES[name][1])
             longest = max(longest, length)
             if ratio is not None and phase.judged:
-                ends = [min(1 / ratio.high, MOST), min(1 / ratio.low, MOST)]
+                ends = [min(1 / ratio.high, _MOST), min(1 / ratio.low, _MOST)]
                 axes.plot(ends, [top, top], "-|", color=_DARK, linewidth=1.1, markersize=5)
                 longest = max(longest, ends[1])
             axes.text(1.02, top, text, transform=axes.get_yaxis_transform(), va="center", fontsize=8.5)
-            ticks.append(top)
-            names.append(name)
+            ticks[top] = name
             top += 0.88
         top += 0.75
     label = "milliseconds, median; there was no baseline"
@@ -138,24 +115,15 @@ def _draw(axes: "Axes", phases: Sequence[Phase], compared: bool) -> None:
     axes.set_xlim(0, 1.04 * longest)
     axes.set_xlabel(label, fontsize=8.5)
     axes.set_ylim(top - 0.75, -0.75)
-    axes.set_yticks(ticks, names, fontsize=8.5)
+    axes.set_yticks(list(ticks), list(ticks.values()), fontsize=8.5)
     axes.tick_params(axis="y", length=0)
     axes.tick_params(axis="x", labelsize=8.5)
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines["left"].set_color(_LIGHT)
 
 
-def _head(axes: "Axes", top: float, phase: Phase) -> None:
-    style = {"fontsize": 9.5, "fontweight": "bold", "color": _DARK, "parse_math": False}
-    axes.annotate(phase.name, (0, top - 0.25), (5, 0), textcoords="offset points", **style)
-
-
 def check_ending(file: str | os.PathLike) -> Path:
-    """Refuse a picture file of a kind that is not written here.
-
-    Raises:
-        ValueError: If the name ends in none of .png, .svg, .pdf.
-    """
+    """Refuse a picture file of a kind that is not written here with a `ValueError`."""
     target = Path(file)
     if target.suffix.lower() not in ENDINGS:
         raise ValueError(f"The picture must end in {', '.join(ENDINGS)}, got {target.name!r}.")
@@ -163,18 +131,7 @@ def check_ending(file: str | os.PathLike) -> Path:
 
 
 def save_figure(figure: "Figure", file: str | os.PathLike) -> Path:
-    """Write a figure so that its file appears whole or not at all.
-
-    Args:
-        figure (`Figure`): What to write.
-        file (`str` or `os.PathLike`): Ending in .png, .svg or .pdf.
-
-    Returns:
-        `Path`: `file`.
-
-    Raises:
-        ValueError: If the ending is another one.
-    """
+    """Write a figure so that its file, named as [`check_ending`] wants it, appears whole or not at all."""
     target = check_ending(file)
     unfinished = target.with_name(f".{target.stem}.{os.getpid()}{target.suffix}")
     try:

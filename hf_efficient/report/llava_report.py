@@ -12,13 +12,13 @@ from transformers import PreTrainedConfig
 from hf_efficient.dynamic_llava.decoder_dynamic_llava import CACHE
 from hf_efficient.dynamic_llava.sparsity_dynamic_llava import prefill_flops
 
-from .measure_report import Phase, Work, cache_bytes, compare, measure
+from .measure_report import Phase, Work, compare, measure
 
 
 UNCACHED_STEPS = 8  # their costs lie on a line: more of them would only take longer
 _IMAGES = ("pixel_values", "image_sizes", "vision_feature_layer", "vision_feature_select_strategy")
 _UNUSED = ("token_type_ids", "mm_token_type_ids")  # processors may return them; a LLaVA-1.5 does not read them
-_MODES = ("vision_keep_rate", "vision_keep_tokens", "use_output_text_predictor")
+_OFF = {"vision_keep_rate": 1.0, "vision_keep_tokens": None, "use_output_text_predictor": False}
 
 
 def is_llava(model: nn.Module) -> bool:
@@ -42,15 +42,12 @@ def _sparse_part(model: nn.Module) -> nn.Module | None:
 
 @contextmanager
 def sparsity_off(model: nn.Module) -> Iterator[None]:
-    """Keep everything inside the block: the host's own path and cache.
-
-    Args:
-        model (`nn.Module`): A sparse LLaVA.
-    """
+    """Keep everything inside the block: the host's own path and cache of a sparse LLaVA."""
     config = _sparse_part(model).config
-    before = {name: getattr(config, name) for name in _MODES}
-    config.vision_keep_rate, config.vision_keep_tokens, config.use_output_text_predictor = 1.0, None, False
+    before = {name: getattr(config, name) for name in _OFF}
     try:
+        for name, value in _OFF.items():
+            setattr(config, name, value)
         yield
     finally:
         for name, value in before.items():
@@ -58,32 +55,18 @@ def sparsity_off(model: nn.Module) -> Iterator[None]:
 
 
 def paper_flops(config: PreTrainedConfig, tokens: int, kept: int | None = None) -> int:
-    """The paper's FLOPs of the image tokens of one sequence: `32 N C^2 + 4 N^2 C` a decoder layer (Sec. 4).
+    """The paper's FLOPs of `tokens` image tokens: `32 N C^2 + 4 N^2 C` a decoder layer (Sec. 4).
 
-    Args:
-        config (`PreTrainedConfig`): Configuration of the LLaVA.
-        tokens (`int`): Image tokens N below the sparse layer.
-        kept (`int`, *optional*): Image tokens from the sparse layer on; None keeps all.
-
-    Returns:
-        `int`
+    `kept` of them are there from the sparse layer on; None keeps all.
     """
     text = config.get_text_config(decoder=True)
     width, layers = text.hidden_size, text.num_hidden_layers
-    if kept is None:
-        return prefill_flops(tokens, width, layers)
-    below = config.sparse_layer
-    return prefill_flops(tokens, width, below) + prefill_flops(kept, width, layers - below)
+    below = layers if kept is None else config.sparse_layer
+    return prefill_flops(tokens, width, below) + prefill_flops(kept or 0, width, layers - below)
 
 
 class LlavaArm:
-    """One LLaVA reading one prompt.
-
-    Args:
-        model (`nn.Module`): The model.
-        inputs (`dict`): What the processor returns.
-        new_tokens (`int`): Tokens of the answer.
-    """
+    """One LLaVA reading one prompt, as its processor returns it, and an answer of `new_tokens` tokens."""
 
     def __init__(self, model: nn.Module, inputs: dict[str, Any], new_tokens: int) -> None:
         self.model, self.new_tokens = model, new_tokens
@@ -124,31 +107,36 @@ class LlavaArm:
         for generated in steps:
             self.call(0, self.prompt + generated, True, use_cache=False, **self.extra)
 
-    def write_answer(self, forbidden: int) -> Tensor:
-        """Greedy answer past its end, `(batch, new_tokens)`; the token `forbidden` never comes."""
-        cache = None
+    def write_answer(self) -> Tensor:
+        """Greedy answer past its end, `(batch, new_tokens)`, without image tokens."""
+        past: dict[str, Any] = {}
         for end in range(self.prompt, self.prompt + self.new_tokens):
-            start = 0 if cache is None else end - 1
-            past = {} if cache is None else {CACHE: cache}
-            output = self.call(start, end, cache is None, use_cache=True, **past)
-            cache, logits = output[CACHE], output.logits[:, -1].clone()
-            logits[:, forbidden] = -torch.inf
+            output = self.call(end - 1 if past else 0, end, not past, use_cache=True, **past)
+            past, logits = {CACHE: output[CACHE]}, output.logits[:, -1].clone()
+            logits[:, self.model.config.image_token_id] = -torch.inf
             self.ids = torch.cat([self.ids, logits.argmax(dim=-1, keepdim=True)], dim=1)
         return self.ids[:, self.prompt :]
 
+    def image_tokens(self, record: Any) -> tuple[list[int], list[int] | None]:
+        """Image tokens of every row of the prompt, and how many a sparse LLaVA kept."""
+        tokens = (self.ids[:, : self.prompt] == self.model.config.image_token_id).sum(dim=1).tolist()
+        return tokens, record and [sum(len(index) for index in images) for images in record.image_index]
+
+
+def cache_bytes(cache: Any) -> int:
+    """Bytes of all keys and values of a cache, each storage once, slack included."""
+    layers = [layer for layer in cache.layers if getattr(layer, "keys", None) is not None]
+    storages = [tensor.untyped_storage() for layer in layers for tensor in (layer.keys, layer.values)]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
 
 def check_llava_inputs(inputs: dict[str, Any]) -> None:
-    """Refuse what is no prompt of a LLaVA.
-
-    Raises:
-        ValueError: With the name, the rule and the value.
-    """
+    """Refuse what is no prompt of a LLaVA with a `ValueError`: the name, the rule and the value."""
     ids, mask = inputs.get("input_ids"), inputs.get("attention_mask")
     if not isinstance(ids, Tensor) or ids.dim() != 2:
-        found = ", ".join(inputs)
         raise ValueError(
-            f"`inputs` of a LLaVA must hold `input_ids` of shape (batch, tokens), got {found}: pass what its "
-            "processor returns."
+            "`inputs` of a LLaVA must hold `input_ids` of shape (batch, tokens), got "
+            f"{', '.join(inputs)}: pass what its processor returns."
         )
     foreign = sorted(inputs.keys() - {"input_ids", "attention_mask", *_IMAGES, *_UNUSED})
     if foreign:
@@ -168,55 +156,43 @@ def measure_llava(
     new_tokens: int,
     device: torch.device,
 ) -> tuple[list[Phase], dict[str, Any], list[str]]:
-    """Measure the phases of a LLaVA with sparsity on and off, or against another LLaVA, on the same answer.
+    """Measure the phases of a LLaVA, stock or sparse, and return them, what was kept, and notes.
 
-    Args:
-        model (`nn.Module`): Stock or sparse.
-        baseline (`nn.Module`, *optional*): Another LLaVA; None takes the model with sparsity off where it is on.
-        inputs (`dict`): What the processor returns.
-        rounds (`int`): Timed runs.
-        new_tokens (`int`): Tokens of the answer.
-        device (`torch.device`): Where the models are.
-
-    Returns:
-        `tuple`: Phases, what was kept, and notes.
+    It is compared with `baseline`, or with itself with sparsity off where it is on; all arms read the same answer.
     """
-    config = model.config
     own = baseline is None and is_sparse(model)
     arms = {"model": LlavaArm(model, inputs, new_tokens)}
-    settings: dict[str, Any] = {"model": nullcontext}
+    settings: dict[str, Any] = {"model": nullcontext, "baseline": partial(sparsity_off, model) if own else nullcontext}
     if own or baseline is not None:
         arms["baseline"] = LlavaArm(model if own else baseline, inputs, new_tokens)
-        settings["baseline"] = partial(sparsity_off, model) if own else nullcontext
-    first = "baseline" if "baseline" in arms else "model"
+    first = list(arms)[-1]
     with settings[first]():
-        answer = arms[first].write_answer(config.image_token_id)
+        answer = arms[first].write_answer()
     for arm in arms.values():
         arm.ids = torch.cat([inputs["input_ids"], answer], dim=1)
-
     every = [round((number + 0.5) * new_tokens / UNCACHED_STEPS) for number in range(UNCACHED_STEPS)]
     steps = sorted({min(max(step, 1), new_tokens - 1) for step in every})
 
-    def works(kind: str) -> dict[str, Work]:
-        made = {
-            "prefill": lambda arm: {"run": arm.prefill},
-            "cached": lambda arm: {"run": arm.decode, "prepare": arm.prefill, "units": new_tokens - 1},
-            "uncached": lambda arm: {"run": partial(arm.read_anew, steps), "units": len(steps)},
-        }[kind]
-        return {name: Work(**made(arm), setting=settings[name]) for name, arm in arms.items()}
+    def take(title: str, run: Any, prepare: Any = lambda arm: lambda: None, units: int = 1) -> dict[str, Any]:
+        works = {name: Work(run(arm), prepare(arm), units, settings[name]) for name, arm in arms.items()}
+        return measure(works, rounds, device, title)
 
     phases = []
     if arms["model"].images:
         encoders = {name: Work(arm.encode) for name, arm in arms.items() if name == "model" or not own}
         phases.append(compare("image encoder", "pass", measure(encoders, rounds, device, "image encoder"), device))
-    prefill = measure(works("prefill"), rounds, device, "prefill")
-    cached = measure(works("cached"), rounds, device, "decoding with cache")
-    uncached = measure(works("uncached"), rounds, device, "decoding without cache")
-    records = {name: result[1] for name, (_, result) in cached.items()}
+    prefill = take("prefill", lambda arm: arm.prefill)
+    cached = take("decoding with cache", lambda arm: arm.decode, lambda arm: arm.prefill, new_tokens - 1)
+    uncached = take("decoding without cache", lambda arm: partial(arm.read_anew, steps), units=len(steps))
+    records = {name: record for name, (_, (_, record)) in cached.items()}
+    tokens = {name: arm.image_tokens(records[name]) for name, arm in arms.items()}
+    formula = {
+        name: sum(paper_flops(arms[name].model.config, *pair) for pair in zip(before, after or [None] * len(before)))
+        for name, (before, after) in tokens.items()
+    }
     held = {name: cache_bytes(cache) for name, (_, cache) in prefill.items()}
-    formula = {name: _formula(arm, records[name]) for name, arm in arms.items()}
     phases.append(compare("prefill", "pass", prefill, device, cache_bytes=held, paper_flops=formula))
-    held = {name: result[0] for name, (_, result) in cached.items()}
+    held = {name: size for name, (_, (size, _)) in cached.items()}
     phases.append(compare("decoding with cache", "token", cached, device, cache_bytes=held))
     phases.append(compare("decoding without cache", "token", uncached, device))
     notes = [
@@ -227,31 +203,11 @@ def measure_llava(
     ]
     if _sparse_part(model) is not None and not is_sparse(model):
         notes.append("Sparsity is switched off in the configuration of the model.")
-    return phases, _kept(arms["model"], records["model"]), notes
-
-
-def _image_tokens(arm: LlavaArm) -> list[int]:
-    """Image tokens of every row of the prompt."""
-    return (arm.ids[:, : arm.prompt] == arm.model.config.image_token_id).sum(dim=1).tolist()
-
-
-def _formula(arm: LlavaArm, record: Any) -> int:
-    config, tokens = arm.model.config, _image_tokens(arm)
-    if record is None:
-        return sum(paper_flops(config, count) for count in tokens)
-    kept = [sum(len(index) for index in images) for images in record.image_index]
-    return sum(paper_flops(config, *pair) for pair in zip(tokens, kept))
-
-
-def _kept(arm: LlavaArm, record: Any) -> dict[str, Any]:
-    """Tokens of all rows before and after, and cached tokens of each layer when the answer was read."""
-    images, fed = sum(_image_tokens(arm)), len(arm.ids) * (arm.new_tokens - 1)
-    if record is None:
-        return {"image_tokens": [images, images], "answer_tokens": [fed, fed], "cached_tokens_of_layers": None}
-    kept = sum(len(index) for row in record.image_index for index in row)
-    text = sum(int(row.sum()) for row in record.text_keep)
-    return {
-        "image_tokens": [images, kept],
-        "answer_tokens": [fed, text],
-        "cached_tokens_of_layers": list(record.layer_tokens),
+    record, (before, after) = records["model"], tokens["model"]
+    images, fed = sum(before), len(answer) * (new_tokens - 1)
+    kept = {
+        "image_tokens": [images, images if after is None else sum(after)],
+        "answer_tokens": [fed, sum(int(row.sum()) for row in record.text_keep) if record else fed],
+        "cached_tokens_of_layers": list(record.layer_tokens) if record else None,
     }
+    return phases, kept, notes

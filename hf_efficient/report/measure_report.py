@@ -6,17 +6,18 @@ import math
 import random
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import flop_registry
 from transformers.utils import logging
 
@@ -60,25 +61,17 @@ class Cost:
 
     def to_dict(self) -> dict[str, Any]:
         """Fields and medians, ready for JSON."""
-        values = {"macs": self.macs, "flops": self.flops, "paper_flops": self.paper_flops}
-        values |= {"wall_seconds": self.wall_seconds, "cpu_seconds": self.cpu_seconds}
-        values |= {"peak_bytes": self.peak_bytes, "cache_bytes": self.cache_bytes}
-        return values | {"wall_and_cpu_seconds_of_rounds": [list(pair) for pair in self.rounds]}
+        names = ("macs", "flops", "paper_flops", "wall_seconds", "cpu_seconds", "peak_bytes", "cache_bytes")
+        rounds = {"wall_and_cpu_seconds_of_rounds": [list(pair) for pair in self.rounds]}
+        return {name: getattr(self, name) for name in names} | rounds
 
 
-@dataclass(frozen=True)
-class Ratio:
-    """A ratio of two times over the rounds.
+class Ratio(NamedTuple):
+    """Time of a baseline over time of a model: above 1 is faster."""
 
-    Args:
-        median (`float`): Baseline over model: above 1 is faster.
-        low (`float`): Lower end of the interval in which the true median lies with about 95 % confidence.
-        high (`float`): Upper end.
-    """
-
-    median: float
-    low: float
-    high: float
+    median: float  # over the rounds
+    low: float  # lower end of the interval in which the true median lies with about 95 % confidence
+    high: float  # upper end
 
 
 @dataclass(frozen=True)
@@ -100,11 +93,7 @@ class Phase:
     clocks: tuple[str, ...] = ("wall", "cpu")
 
     def speedup(self, clock: str = "wall") -> Ratio | None:
-        """Time of the baseline over time of the model; None without a baseline.
-
-        Args:
-            clock (`str`, defaults to `"wall"`): `"wall"` or `"cpu"`.
-        """
+        """Ratio of the times by a clock, `"wall"` or `"cpu"`; None without a baseline."""
         if self.baseline is None:
             return None
         which = ("wall", "cpu").index(clock)
@@ -113,55 +102,47 @@ class Phase:
         skipped = outliers(len(ratios))
         return Ratio(statistics.median(ratios), ratios[skipped], ratios[-1 - skipped])
 
-    def careful_speedup(self) -> float:
-        """Median of the clock that sees least: of a slow-down, where there is one, else of a gain."""
-        slower = [self.speedup(clock).median for clock in self.clocks if self.says_slower(clock)]
-        return max(slower) if slower else min(self.speedup(clock).median for clock in self.clocks)
-
     @property
     def judged(self) -> bool:
         """`bool`: Whether there is a baseline and there are rounds enough to tell a gain from noise."""
         return self.baseline is not None and len(self.model.rounds) >= MIN_ROUNDS
 
+    def verdict(self, clock: str) -> int:
+        """What a clock says: 1 faster, -1 slower, 0 neither.
+
+        The median must differ from 1 by more than the margin, and the whole interval lie on the same side.
+        """
+        ratio = self.speedup(clock)
+        if self.judged and ratio.median > 1 + MARGIN and ratio.low > 1:
+            return 1
+        return -1 if self.judged and ratio.median < 1 / (1 + MARGIN) and ratio.high < 1 else 0
+
     @property
     def faster(self) -> bool:
         """`bool`: Whether every clock says so."""
-        return all(self.says_faster(clock) for clock in self.clocks)
-
-    def says_faster(self, clock: str) -> bool:
-        """Whether the median is above 1 by more than the margin, and the whole interval is above 1.
-
-        Args:
-            clock (`str`): `"wall"` or `"cpu"`.
-        """
-        ratio = self.speedup(clock)
-        return self.judged and ratio.median > 1 + MARGIN and ratio.low > 1
+        return all(self.verdict(clock) > 0 for clock in self.clocks)
 
     @property
     def slower(self) -> bool:
         """`bool`: Whether some clock says so."""
-        return any(self.says_slower(clock) for clock in self.clocks)
+        return any(self.verdict(clock) < 0 for clock in self.clocks)
 
-    def says_slower(self, clock: str) -> bool:
-        """Whether the median is below 1 by more than the margin, and the whole interval is below 1.
-
-        Args:
-            clock (`str`): `"wall"` or `"cpu"`.
-        """
-        ratio = self.speedup(clock)
-        return self.judged and ratio.median < 1 / (1 + MARGIN) and ratio.high < 1
+    def careful_speedup(self) -> float:
+        """Median of the clock that sees least: of a slow-down, where there is one, else of a gain."""
+        slower = [self.speedup(clock).median for clock in self.clocks if self.verdict(clock) < 0]
+        return max(slower) if slower else min(self.speedup(clock).median for clock in self.clocks)
 
     def to_dict(self) -> dict[str, Any]:
         """Fields and ratios, ready for JSON."""
         values: dict[str, Any] = {"name": self.name, "unit": self.unit, "model": self.model.to_dict()}
-        values["baseline"] = None if self.baseline is None else self.baseline.to_dict()
-        if self.baseline is not None:
-            values["speedup_wall"], values["speedup_cpu"] = (asdict(self.speedup(c)) for c in ("wall", "cpu"))
-            for name in ("macs", "paper_flops", "cache_bytes", "peak_bytes"):
-                own, base = getattr(self.model, name), getattr(self.baseline, name)
-                values[f"{name}_ratio"] = own / base if own is not None and base else None
-            values |= {"faster": self.faster, "slower": self.slower}
-        return values
+        if self.baseline is None:
+            return values | {"baseline": None}
+        values["baseline"] = self.baseline.to_dict()
+        values |= {f"speedup_{clock}": self.speedup(clock)._asdict() for clock in ("wall", "cpu")}
+        for name in ("macs", "paper_flops", "cache_bytes", "peak_bytes"):
+            own, base = getattr(self.model, name), getattr(self.baseline, name)
+            values[f"{name}_ratio"] = own / base if own is not None and base else None
+        return values | {"faster": self.faster, "slower": self.slower}
 
 
 def outliers(rounds: int) -> int:
@@ -179,32 +160,18 @@ def outliers(rounds: int) -> int:
 
 @dataclass(frozen=True)
 class Work:
-    """What is measured in turn with others.
+    """What is measured in turn with others: figures are divided by `units`, but for memory."""
 
-    Args:
-        run (`Callable`): The timed part; takes what `prepare` gave.
-        prepare (`Callable`, *optional*): Done before every run, not timed.
-        units (`int`): Units of work in a run; all figures but memory are divided by it.
-        setting (`Callable`): Makes the context in which both run, such as the method switched off.
-    """
-
-    run: Callable[[Any], Any]
-    prepare: Callable[[], Any] = lambda: None
-    units: int = 1
-    setting: Callable[[], AbstractContextManager] = nullcontext
+    run: Callable[[Any], Any]  # the timed part; takes what `prepare` gave
+    prepare: Callable[[], Any] = lambda: None  # done before every run, not timed
+    units: int = 1  # units of work in a run
+    setting: Callable[[], AbstractContextManager] = nullcontext  # both run inside, such as the method switched off
 
 
 def measure(works: dict[str, Work], rounds: int, device: torch.device, title: str) -> dict[str, tuple[Cost, Any]]:
     """Measure works that take turns: once to warm up, once each for multiply-adds and memory, then the rounds.
 
-    Args:
-        works (`dict[str, Work]`): By name.
-        rounds (`int`): Timed runs of each; the order turns around every round.
-        device (`torch.device`): Where the models are.
-        title (`str`): Words of the progress bar.
-
-    Returns:
-        `dict[str, tuple[Cost, object]]`: Costs, and what the counted run returned.
+    The order turns around every round. Returns by name the cost, and what the counted run returned.
     """
 
     def call(work: Work, how: Callable[[Callable[[], Any]], Any]) -> Any:
@@ -266,10 +233,7 @@ _FORMULAS = {**flop_registry, torch.ops.aten.mkldnn_rnn_layer: _rnn_flops}
 
 
 class _Counter(TorchDispatchMode):
-    """Adds up FLOPs by torch's own formulas.
-
-    `FlopCounterMode` also books them on modules, which takes longer than everything else and hooks into every one.
-    """
+    """Adds up FLOPs by torch's own formulas; `FlopCounterMode` also hooks into every module, which takes longest."""
 
     supports_higher_order_operators = True
 
@@ -337,60 +301,40 @@ def _resident_peak() -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 
 
-def cache_bytes(cache: Any) -> int:
-    """Bytes of all keys and values of a cache, each storage once, slack included."""
-    layers = [layer for layer in cache.layers if getattr(layer, "keys", None) is not None]
-    storages = [tensor.untyped_storage() for layer in layers for tensor in (layer.keys, layer.values)]
-    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
-
-
 @contextmanager
 def untouched(*models: nn.Module) -> Iterator[None]:
-    """Leave modules, gradients, buffers and random number generators as they were, also after an exception.
+    """Leave modules, buffers and random number generators as they were, also after an exception.
 
-    Args:
-        *models (`nn.Module`): Gradients are put aside meanwhile.
+    Gradients are put aside meanwhile.
     """
     modules = {id(module): module for model in models for module in model.modules()}.values()
-    attributes = [(module, dict(vars(module))) for module in modules]
-    tables = [
-        (table, dict(table)) for _, saved in attributes for table in saved.values() if isinstance(table, dict)
-    ]  # hooks and buffers among them
+    tables = [vars(module) for module in modules]
+    tables += [table for held in tables for table in held.values() if isinstance(table, dict)]  # hooks, buffers, ...
+    saved = [(table, dict(table)) for table in tables]
     buffers = [(buffer, buffer.clone()) for module in modules for buffer in module.buffers(recurse=False)]
     parameters = {id(p): (p, p.grad) for model in models for p in model.parameters()}.values()
-    on_gpu = torch.cuda.is_initialized()
-    generators = (torch.get_rng_state(), torch.cuda.get_rng_state_all() if on_gpu else None)
     python, numpy = random.getstate(), np.random.get_state()
     for parameter, _ in parameters:
         parameter.grad = None
     try:
-        yield
+        with torch.random.fork_rng(range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()):
+            yield
     finally:
-        for table, saved in tables:
+        for table, before in saved:
             table.clear()
-            table.update(saved)
-        for module, saved in attributes:
-            vars(module).clear()
-            vars(module).update(saved)
+            table.update(before)
         with torch.no_grad():
-            for buffer, saved in buffers:
-                if not torch.equal(buffer, saved):
-                    buffer.copy_(saved)
+            for buffer, before in buffers:
+                if not torch.equal(buffer, before):
+                    buffer.copy_(before)
         for parameter, grad in parameters:
             parameter.grad = grad
-        torch.set_rng_state(generators[0])
-        if on_gpu:
-            torch.cuda.set_rng_state_all(generators[1])
         random.setstate(python)
         np.random.set_state(numpy)
 
 
 def find_device(model: nn.Module) -> torch.device:
-    """Device of the first parameter or buffer, the CPU for a model without any.
-
-    Raises:
-        ValueError: If the weights are on the meta device.
-    """
+    """Device of the first parameter or buffer, the CPU for a model without any; the meta device is a `ValueError`."""
     first = next((tensor for tensors in (model.parameters(), model.buffers()) for tensor in tensors), None)
     device = torch.device("cpu") if first is None else first.device
     if device.type == "meta":
@@ -398,27 +342,21 @@ def find_device(model: nn.Module) -> torch.device:
     return device
 
 
-def move(value: Any, device: torch.device) -> Any:
-    """Move tensors, also inside lists and dicts, to a device; tensors of an inference mode become plain ones."""
-    if isinstance(value, torch.Tensor):
-        value = value.to(device)
-        return value.clone() if value.is_inference() else value
-    if isinstance(value, Mapping):
-        return {name: move(item, device) for name, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(move(item, device) for item in value)
-    return value
+def move(values: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """Move tensors, however deep inside, to a device; tensors of an inference mode become plain ones."""
+
+    def one(tensor: torch.Tensor) -> torch.Tensor:
+        tensor = tensor.to(device)
+        return tensor.clone() if tensor.is_inference() else tensor
+
+    return tree_map_only(torch.Tensor, one, values)
 
 
 def compare(name: str, unit: str, costs: dict[str, tuple[Cost, Any]], device: torch.device, **extra: Any) -> Phase:
-    """Make a phase of the costs of `"model"` and, where there is one, `"baseline"`.
+    """Make a phase of what [`measure`] returned for `"model"` and, where there is one, `"baseline"`.
 
-    Args:
-        name (`str`): Of the phase.
-        unit (`str`): Of the figures.
-        costs (`dict`): As [`measure`] returns them.
-        device (`torch.device`): On an accelerator only the wall clock counts.
-        **extra: Per arm further fields of [`Cost`]: `cache_bytes={"model": ..., "baseline": ...}`.
+    `extra` holds further fields of [`Cost`] by arm: `cache_bytes={"model": ..., "baseline": ...}`. On an accelerator
+    only the wall clock counts.
     """
     arms = {
         arm: replace(costs[arm][0], **{field: values.get(arm) for field, values in extra.items()})

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +31,8 @@ _SPEED = (
     "Times: medians; rounds in which model and baseline took turns: {rounds}. Speed-up: baseline / model, with five "
     "rounds or more in brackets where its true median lies (about 95 %)."
 )
+_COLUMNS = ["phase", "per", "arm", "MACs", "FLOPs", "paper FLOPs", "wall ms", "CPU ms", "speed-up, wall"]
+_COLUMNS += ["speed-up, CPU", "peak MB", "cache kB"]
 _PEAKS = {
     "cpu": "Peak: growth of the resident memory of the process (VmHWM) during one run.",
     "cuda": "Peak: torch.cuda.max_memory_allocated during one run, less what was allocated before.",
@@ -70,75 +73,54 @@ class EfficiencyReport:
     meta: dict[str, Any]
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything, ready for JSON; seconds, bytes, multiply-adds and FLOPs in full.
-
-        Returns:
-            `dict`
-        """
-        values = {name: value for name, value in vars(self).items() if name != "phases"}
-        lists = {name: list(values[name]) for name in ("notes", "gains")}
+        """Everything, ready for JSON; seconds, bytes, multiply-adds and FLOPs in full."""
         phases = [phase.to_dict() for phase in self.phases]
-        return {**values, **lists, "flops_convention": CONVENTION, "phases": phases}
+        lists = {"notes": list(self.notes), "gains": list(self.gains), "phases": phases}
+        return {**vars(self), **lists, "flops_convention": CONVENTION}
 
     def phase(self, name: str) -> Phase:
-        """Find a phase by its name.
-
-        Args:
-            name (`str`): Such as `"prefill"`.
-
-        Raises:
-            ValueError: If there is none of that name.
-        """
-        found = [phase for phase in self.phases if phase.name == name]
-        if not found:
-            names = ", ".join(phase.name for phase in self.phases)
-            raise ValueError(f"`name` must be one of {names}, got {name!r}.")
-        return found[0]
+        """Find a phase by its name, such as `"prefill"`; a `ValueError` tells the names if there is none."""
+        found = {phase.name: phase for phase in self.phases}
+        if name not in found:
+            raise ValueError(f"`name` must be one of {', '.join(found)}, got {name!r}.")
+        return found[name]
 
     def __str__(self) -> str:
-        settings = self.settings
-        threads = f", {settings['threads']} thread{'s' if settings['threads'] != 1 else ''}"
-        where = f"{settings['device']}, {settings['dtype']}{threads}; {self.meta['cpu']}; {self.meta['date']}"
+        device, dtype, threads = (self.settings[name] for name in ("device", "dtype", "threads"))
+        where = f"{device}, {dtype}, {threads} thread{'s' if threads != 1 else ''}"
         lines = [f"{self.name}, {self.parameters['model']:,} parameters"]
         if self.baseline:
             lines.append(f"baseline: {self.baseline}, {self.parameters['baseline']:,} parameters")
-        lines += ["inputs: " + ", ".join(f"{name} {shape}" for name, shape in self.inputs.items()), where, ""]
-        lines += [format_table(*self._table()), ""]
+        lines += ["inputs: " + ", ".join(f"{name} {shape}" for name, shape in self.inputs.items())]
+        lines += [f"{where}; {self.meta['cpu']}; {self.meta['date']}", "", format_table(*self._table()), ""]
         lines += [f"kept {text}" for text in describe_kept(self.kept)]
         lines += [CONVENTION]
         lines += [_PAPER] if any(phase.model.paper_flops for phase in self.phases) else []
-        lines += [_SPEED.format(rounds=settings["rounds"])]
-        lines += [_PEAKS[kind] for kind in _PEAKS if settings["device"].startswith(kind)]
+        lines += [_SPEED.format(rounds=self.settings["rounds"])]
+        lines += [_PEAKS[kind] for kind in _PEAKS if device.startswith(kind)]
         return "\n".join([*lines, *self.notes, "", f"Verdict: {self.verdict}"])
 
     def _table(self) -> tuple[list[str], list[list[str]]]:
-        columns = ["phase", "per", "arm", "MACs", "FLOPs", "paper FLOPs", "wall ms", "CPU ms", "speed-up, wall"]
-        columns += ["speed-up, CPU", "peak MB", "cache kB"]
-        rows = []
+        """Columns and rows, a row for each arm of a phase; columns without a figure are left out."""
+        compared, rows = any(phase.baseline for phase in self.phases), []
         for phase in self.phases:
-            arms = {"baseline": phase.baseline, "model": phase.model}
-            for name, cost in ((name, cost) for name, cost in arms.items() if cost is not None):
-                first = name == "baseline" or phase.baseline is None
-                shared = phase.baseline is None and any(other.baseline for other in self.phases)
-                row = [phase.name if first else "", phase.unit if first else "", "both" if shared else name]
-                row += [with_prefix(cost.macs), with_prefix(cost.flops), with_prefix(cost.paper_flops)]
-                row += [f"{1e3 * cost.wall_seconds:.4g}", f"{1e3 * cost.cpu_seconds:.4g}"]
-                row += [_speedup(phase, clock) if name == "model" else "" for clock in ("wall", "cpu")]
-                row += ["" if cost.peak_bytes is None else f"{cost.peak_bytes / 1e6:.1f}"]
-                row += ["" if cost.cache_bytes is None else f"{cost.cache_bytes / 1e3:,.1f}"]
-                rows.append(row)
-        used = [index for index in range(len(columns)) if any(row[index] for row in rows)]
-        return [columns[index] for index in used], [[row[index] for index in used] for row in rows]
+            head, arms = [phase.name, phase.unit], {"baseline": phase.baseline, "model": phase.model}
+            for name, cost in arms.items():
+                if cost is None:
+                    continue
+                arm = "both" if phase.baseline is None and compared else name
+                speedups = [_speedup(phase, clock) if name == "model" else "" for clock in ("wall", "cpu")]
+                cells = [*head, arm, *map(with_prefix, (cost.macs, cost.flops, cost.paper_flops))]
+                cells += [f"{1e3 * cost.wall_seconds:.4g}", f"{1e3 * cost.cpu_seconds:.4g}", *speedups]
+                cells += ["" if cost.peak_bytes is None else f"{cost.peak_bytes / 1e6:.1f}"]
+                cells += ["" if cost.cache_bytes is None else f"{cost.cache_bytes / 1e3:,.1f}"]
+                rows.append(cells)
+                head = ["", ""]
+        used = [index for index in range(len(_COLUMNS)) if any(row[index] for row in rows)]
+        return [_COLUMNS[index] for index in used], [[row[index] for index in used] for row in rows]
 
     def figure(self) -> "Figure":
-        """Draw every phase beside its baseline.
-
-        Returns:
-            `matplotlib.figure.Figure`: Not known to pyplot; a notebook shows it.
-
-        Raises:
-            ImportError: If matplotlib is missing.
-        """
+        """Draw every phase beside its baseline: a figure that pyplot does not know. matplotlib must be there."""
         from .figures_report import draw_report
 
         return draw_report(self)
@@ -147,14 +129,7 @@ class EfficiencyReport:
         """Write [`figure`] to a file, whole or not at all.
 
         Args:
-            file (`str` or `os.PathLike`): Ending in .png, .svg or .pdf; the folder must exist.
-
-        Returns:
-            `Path`: `file`.
-
-        Raises:
-            ValueError: If the ending is another one.
-            ImportError: If matplotlib is missing.
+            file (`str` or `os.PathLike`): Ending in .png, .svg or .pdf, else a `ValueError`; its folder must exist.
         """
         from .figures_report import save_figure
 
@@ -211,34 +186,36 @@ def efficiency_report(
     device = find_device(model)
     shown = {name: _describe(value) for name, value in inputs.items()}
     with torch.inference_mode(False):
-        inputs = {name: move(value, device) for name, value in inputs.items()}
+        inputs = move(dict(inputs), device)
         kind, config = _choose_kind(model, baseline, inputs, toe)
-        compared = {"llava": "the same model with sparsity off", "toe": "the same model on all tokens"}.get(kind)
+        compared = {"toe": "the same model on all tokens"}.get(kind)
+        if kind == "llava" and is_sparse(model):
+            compared = "the same model with sparsity off"
         if baseline is not None:
             compared = type(baseline).__name__ + (", all tokens" if kind == "toe" else "")
-        elif kind == "llava" and not is_sparse(model):
-            compared = None
         models = [model] if baseline is None or baseline is model else [model, baseline]
         with untouched(*models):
             try:
-                if kind == "llava":
-                    found = measure_llava(_eval(model), _eval(baseline), inputs, repeats, new_tokens, device)
-                elif kind == "toe":
-                    found = measure_toe(model, baseline, inputs, config, repeats, device)
+                if kind == "toe":
+                    phases, kept, notes = measure_toe(model, baseline, inputs, config, repeats, device)
                 else:
-                    found = _measure_pass(_eval(model), _eval(baseline), inputs, repeats, device)
+                    for net in models:
+                        net.eval()
+                    if kind == "llava":
+                        phases, kept, notes = measure_llava(model, baseline, inputs, repeats, new_tokens, device)
+                    else:
+                        phases, kept, notes = _measure_pass(model, baseline, inputs, repeats, device)
             except (RuntimeError, TypeError, IndexError) as error:
                 _refuse_misfit(error, model, shown)
-    phases, kept, notes = found
-    parameters = {"model": _count(model)}
-    if compared is not None:
-        parameters["baseline"] = _count(baseline or model)
+    arms = {"model": model} | ({} if compared is None else {"baseline": baseline or model})
+    parameters = {name: sum(p.numel() for p in net.parameters()) for name, net in arms.items()}
     if toe is None and kind == "model" and can_train_with_toe(model):
         notes.append("ToE saves while training: with `labels` in the inputs its stages are measured.")
     if getattr(getattr(model, "config", None), "_attn_implementation", "eager") not in ("eager", "sdpa"):
         notes.append("MACs lack attention where it runs in a kernel that torch does not know.")
     verdict, gains = judge(phases, parameters)
     first = next(iter(model.parameters()), None)
+    dtype = "no weights" if first is None else str(first.dtype).removeprefix("torch.")
     return EfficiencyReport(
         kind=kind,
         name=type(model).__name__,
@@ -247,12 +224,7 @@ def efficiency_report(
         parameters=parameters,
         phases=tuple(phases),
         kept=kept,
-        settings={
-            "rounds": repeats,
-            "device": str(device),
-            "dtype": "no weights" if first is None else str(first.dtype).removeprefix("torch."),
-            "threads": torch.get_num_threads(),
-        },
+        settings={"rounds": repeats, "device": str(device), "dtype": dtype, "threads": torch.get_num_threads()},
         notes=(*notes, "Costs alone: how good the answers are is measured elsewhere."),
         verdict=verdict,
         gains=gains,
@@ -303,29 +275,16 @@ def _choose_kind(
 def _measure_pass(
     model: nn.Module, baseline: nn.Module | None, inputs: dict[str, Any], rounds: int, device: torch.device
 ) -> tuple[list[Phase], dict[str, Any], list[str]]:
-    def work(net: nn.Module) -> Work:
-        def run(_: Any) -> None:
-            net(**inputs)
+    nets = {"baseline": baseline, "model": model} if baseline is not None else {"model": model}
 
-        return Work(run)
+    def run(net: nn.Module, _: Any) -> None:
+        net(**inputs)
 
-    works = {"model": work(model)} | ({} if baseline is None else {"baseline": work(baseline)})
+    works = {name: Work(partial(run, net)) for name, net in nets.items()}
     phases = [compare("forward pass", "pass", measure(works, rounds, device, "forward pass"), device)]
-    filters = {
-        name: sum(module.out_channels for module in net.modules() if isinstance(module, nn.Conv2d))
-        for name, net in (("before", baseline), ("after", model))
-        if net is not None
-    }
-    kept = {"filters": list(filters.values())} if all(filters.get(name) for name in ("before", "after")) else {}
-    return phases, kept, []
-
-
-def _eval(model: nn.Module | None) -> nn.Module | None:
-    return None if model is None else model.eval()
-
-
-def _count(model: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())
+    convolutions = [[m for m in net.modules() if isinstance(m, nn.Conv2d)] for net in nets.values()]
+    filters = [sum(layer.out_channels for layer in layers) for layers in convolutions]
+    return phases, {"filters": filters} if len(filters) == 2 and all(filters) else {}, []
 
 
 def _describe(value: Any) -> str:
@@ -351,19 +310,9 @@ def _speedup(phase: Phase, clock: str) -> str:
 
 
 def describe_kept(kept: dict[str, Any]) -> list[str]:
-    """What was kept, in words, one line each.
-
-    Args:
-        kept (`dict`): `EfficiencyReport.kept`.
-
-    Returns:
-        `list[str]`
-    """
-    lines = []
-    for name in ("image_tokens", "answer_tokens", "filters"):
-        if kept.get(name) and kept[name][0]:
-            before, after = kept[name]
-            lines.append(f"{name.replace('_', ' ')}: {after:,} of {before:,}")
+    """What `EfficiencyReport.kept` holds, in words, one line each."""
+    pairs = [(name, kept[name]) for name in ("image_tokens", "answer_tokens", "filters") if kept.get(name)]
+    lines = [f"{name.replace('_', ' ')}: {after:,} of {before:,}" for name, (before, after) in pairs if before]
     if kept.get("cached_tokens_of_layers"):
         lines.append(f"in the caches of the layers: {', '.join(map(str, kept['cached_tokens_of_layers']))}")
     if "patch_tokens" in kept:
@@ -386,21 +335,15 @@ def judge(phases: list[Phase], parameters: dict[str, int]) -> tuple[str, tuple[s
     """Say where something is gained, and where not.
 
     A phase is faster where, by the wall clock and (on the CPU) by CPU time, the median speed-up is above 1.03 and the
-    interval around it above 1; the smaller of the two is quoted.
-
-    Args:
-        phases (`list[Phase]`): What was measured.
-        parameters (`dict[str, int]`): Of model and baseline.
-
-    Returns:
-        `tuple[str, tuple[str, ...]]`: The verdict, and names of what is gained.
+    interval around it above 1; the smaller of the two is quoted. Returns the verdict, and names of what is gained.
     """
     compared = [phase for phase in phases if phase.baseline is not None]
     if not compared:
         return "Nothing was compared: pass `baseline`, or a model whose method is on.", ()
-    faster = [phase for phase in compared if phase.faster]
-    parts = [f"{_words(phase)} as fast in {phase.name}" for phase in faster]
-    gains = [phase.name for phase in faster]
+    judged = [phase for phase in compared if phase.judged]
+    faster = [phase for phase in judged if phase.faster]
+    slower = [phase for phase in judged if phase.slower]
+    rest = [phase for phase in judged if not phase.faster and not phase.slower]
     sizes = [("parameters", "", parameters["model"] / max(parameters["baseline"], 1))]
     for name, field in (("cache bytes", "cache_bytes"), ("peak memory", "peak_bytes")):
         for phase in compared:
@@ -408,32 +351,25 @@ def judge(phases: list[Phase], parameters: dict[str, int]) -> tuple[str, tuple[s
             # resident memory of a process is too rough for a verdict
             if own is not None and base and (name == "cache bytes" or "cpu" not in phase.clocks):
                 sizes.append((name, f" in {phase.name}", own / base))
-    smaller = [(name, where, ratio) for name, where, ratio in sizes if ratio < 1 - MARGIN]
-    parts += [f"{ratio:.2f} of the {name}{where}" for name, where, ratio in smaller]
-    gains += dict.fromkeys(name for name, _, _ in smaller)
-    verdict = "Gain: " + ", ".join(parts) + "." if parts else ""
-    unjudged = [phase for phase in compared if not phase.judged]
-    if unjudged:
-        verdict += f" Not judged: time, with fewer than {MIN_ROUNDS} rounds."
-    slower = [phase for phase in compared if phase.slower]
-    rest = [phase for phase in compared if phase.judged and not phase.faster and not phase.slower]
-    if slower:
-        verdict += " Slower: " + ", ".join(f"{phase.name} ({_words(phase)})" for phase in slower) + "."
-    if rest:
-        verdict += " No gain in time, within noise: " + ", ".join(f"{p.name} ({_words(p)})" for p in rest) + "."
-    verdict = verdict.strip()
-    if not parts and not unjudged:
-        verdict = f"No gain. {verdict}"
-    return verdict, tuple(gains)
+    smaller = [size for size in sizes if size[2] < 1 - MARGIN]
+    gained = [f"{_words(phase)} as fast in {phase.name}" for phase in faster]
+    gained += [f"{ratio:.2f} of the {name}{where}" for name, where, ratio in smaller]
+    parts = [f"Gain: {', '.join(gained)}."] if gained else []
+    if len(judged) < len(compared):
+        parts.append(f"Not judged: time, with fewer than {MIN_ROUNDS} rounds.")
+    elif not gained:
+        parts.append("No gain.")
+    for title, found in (("Slower", slower), ("No gain in time, within noise", rest)):
+        parts += [f"{title}: {', '.join(f'{p.name} ({_words(p)})' for p in found)}."] if found else []
+    return " ".join(parts), tuple(dict.fromkeys([phase.name for phase in faster] + [name for name, *_ in smaller]))
 
 
 def _words(phase: Phase) -> str:
     """The careful speed-up, both where the clocks disagree, and the multiply-adds where they promised more."""
     words = f"{phase.careful_speedup():.2f}x"
-    if not phase.slower and len({phase.says_faster(clock) for clock in phase.clocks}) > 1:
-        words = (
-            f"{phase.speedup('wall').median:.2f}x by the wall clock, {phase.speedup('cpu').median:.2f}x by CPU time"
-        )
+    if not phase.slower and len({phase.verdict(clock) for clock in phase.clocks}) > 1:
+        medians = [phase.speedup(clock).median for clock in ("wall", "cpu")]
+        words = "{:.2f}x by the wall clock, {:.2f}x by CPU time".format(*medians)
     share = phase.model.macs / max(phase.baseline.macs, 1)
     return words if phase.faster or share > 1 - MARGIN else f"{words} with {share:.2f} of the multiply-adds"
 

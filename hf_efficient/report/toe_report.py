@@ -22,11 +22,7 @@ def can_train_with_toe(model: nn.Module) -> bool:
 
 
 def check_toe_model(model: nn.Module) -> None:
-    """Refuse a model that is in the middle of a ToE training.
-
-    Raises:
-        ValueError: If one of its hooks is a ToE.
-    """
+    """Refuse a model that is in the middle of a ToE training with a `ValueError`."""
     hooks = (hook for module in model.modules() for hook in module._forward_pre_hooks.values())
     if any(isinstance(getattr(hook, "__self__", None), ToEAttachment) for hook in hooks):
         raise ValueError(
@@ -43,19 +39,12 @@ def measure_toe(
     rounds: int,
     device: torch.device,
 ) -> tuple[list[Phase], dict[str, Any], list[str]]:
-    """Measure the forward and backward pass of every stage against all tokens, and put the schedule together.
+    """Measure a training step of every stage against one on all tokens, and put the schedule together.
 
-    Args:
-        model (`nn.Module`): A vision transformer with a head.
-        baseline (`nn.Module`, *optional*): Another model to train on all tokens; None takes the model itself.
-        inputs (`dict`): A batch with `labels`.
-        config ([`ToEConfig`]): The schedule.
-        rounds (`int`): Timed runs.
-        device (`torch.device`): Where the models are.
-
-    Returns:
-        `tuple`: Phases, what was kept, and notes.
+    `inputs` is a batch with `labels`; `baseline` another model to train on all tokens, None takes the model itself.
+    Returns phases, what was kept, and notes.
     """
+    plain = model if baseline is None else baseline
     attachment = ToEAttachment(model, TokenExpansion(config))
     stages = range(1, config.num_stages + 1)
     shapes: dict[int, tuple[int, int, int]] = {}
@@ -73,10 +62,10 @@ def measure_toe(
 
         return Work(run)
 
-    works = {"baseline": step(baseline or model, None), **{f"stage {s}": step(model, s) for s in stages}}
+    works = {"baseline": step(plain, None), **{f"stage {s}": step(model, s) for s in stages}}
     compiled = any(hasattr(module, "_orig_mod") or module._compiled_call_impl for module in model.modules())
-    for net in {id(net): net for net in (model, baseline or model)}.values():
-        net.train()
+    model.train()
+    plain.train()
     attachment.attach()
     try:
         if compiled:
@@ -90,19 +79,16 @@ def measure_toe(
     full = costs["baseline"]
     phases = [compare(f"stage {s}", "step", {"model": costs[f"stage {s}"], "baseline": full}, device) for s in stages]
     notes = ["A step is a forward and a backward pass, its gradients included, no optimizer; a plain model comes out."]
-    shares = _shares(config)
-    if shares is None:
+    if config.counts_epochs:
         notes.append("The stages start at epochs: a schedule in shares of the training gives the whole training too.")
     else:
+        shares = [end - start for start, end in pairwise([0.0, *config.stage_starts, 1.0])]
         whole = _mix([full[0], *(costs[f"stage {s}"][0] for s in stages)], shares)
         phases.append(compare("whole training", "step", {"model": (whole, None), "baseline": full}, device))
         notes.append("Whole training: mean step over the schedule, computed from the steps of each round.")
     others = attachment.site.num_prefix_tokens + attachment.site.num_suffix_tokens
-    kept = {
-        "patch_tokens": shapes[1][1] - others,
-        "kept_in_stages": {str(stage): shape[2] - others for stage, shape in sorted(shapes.items())},
-    }
-    return phases, kept, notes
+    kept = {str(stage): shape[2] - others for stage, shape in sorted(shapes.items())}
+    return phases, {"patch_tokens": shapes[1][1] - others, "kept_in_stages": kept}, notes
 
 
 def _loss(model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
@@ -115,24 +101,13 @@ def _loss(model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
     return loss
 
 
-def _shares(config: ToEConfig) -> list[float] | None:
-    """Share of the training before the first stage, and in each stage; None where stages start at epochs."""
-    if config.counts_epochs:
-        return None
-    edges = [0.0, *config.stage_starts, 1.0]
-    return [end - start for start, end in pairwise(edges)]
-
-
 def _mix(costs: list[Cost], shares: list[float]) -> Cost:
     """Mean cost of a step where each kind makes up its share; the peak is the highest."""
 
     def mean(values: list[float]) -> float:
         return sum(share * value for share, value in zip(shares, values))
 
-    rounds = tuple(
-        tuple(mean([pair[clock] for pair in pairs]) for clock in (0, 1))
-        for pairs in zip(*(cost.rounds for cost in costs))
-    )
+    rounds = tuple(tuple(map(mean, zip(*pairs))) for pairs in zip(*(cost.rounds for cost in costs)))
     used = [cost.peak_bytes for cost, share in zip(costs, shares) if share]
-    peak = None if any(value is None for value in used) else max(used)
+    peak = None if None in used else max(used)
     return Cost(round(mean([cost.macs for cost in costs])), rounds, peak)
