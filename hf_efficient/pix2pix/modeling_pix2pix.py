@@ -246,6 +246,9 @@ def _reflect(x: Tensor, width: int) -> Tensor:
 class Pix2PixModel(PreTrainedModel):
     """Generator of Pix2Pix: images in `[-1, 1]` to images in `[-1, 1]`.
 
+    `torch.onnx.export(model, ..., dynamo=True)` gives the answers of the chosen `inference_stats`. Dropout does not
+    survive the export, so a generator with `inference_dropout=True` is refused there.
+
     Args:
         config ([`Pix2PixConfig`]): Architecture and inference mode.
     """
@@ -322,8 +325,17 @@ class Pix2PixModel(PreTrainedModel):
 
         Raises:
             ValueError: If the input has another number of channels, a side that is not divisible, or another shape
-                than `labels`.
+                than `labels`; or if a generator with `inference_dropout=True` is exported to ONNX.
         """
+        # the exporter tries twice, the second time under dynamo, where the first question is always answered by no
+        exported = torch.onnx.is_in_onnx_export() or (
+            torch.compiler.is_exporting() and torch.compiler.is_dynamo_compiling()
+        )
+        if self.config.inference_dropout and exported:
+            raise ValueError(
+                "`inference_dropout` must be False for an export to ONNX, got True: the file would run without "
+                "dropout and give other images; set `model.config.inference_dropout = False` to export without noise."
+            )
         if not torch.compiler.is_compiling():
             self._check_input(pixel_values, labels)
         reconstruction = self.network(pixel_values)

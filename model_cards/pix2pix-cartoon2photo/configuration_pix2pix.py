@@ -1,5 +1,7 @@
 """Configuration of a Pix2Pix generator: everything that is needed to load a checkpoint again."""
 
+from collections.abc import Iterable
+from difflib import get_close_matches
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
@@ -9,6 +11,7 @@ from transformers import PreTrainedConfig
 GENERATORS = {"unet": None, "resnet_6blocks": 6, "resnet_9blocks": 9}  # name -> residual blocks
 NORMS = ("instance", "batch", "none")
 INFERENCE_STATS = ("running", "batch")
+_LIKENESS = 0.85  # of two names, by difflib: `num_level` is a misspelling, `num_labels` is not
 
 
 class _TaskHint(dict):
@@ -54,6 +57,10 @@ class Pix2PixConfig(PreTrainedConfig):
         num_channels (`int`, defaults to 3): Channels of the source image, 1 or 3.
         num_output_channels (`int`, *optional*): Channels of the generated image; `num_channels` where left out.
         image_size (`int`, defaults to 256): Side in pixels of the training images. Inference takes any size.
+        **kwargs: As in [`PreTrainedConfig`]; other names are kept as attributes.
+
+    Raises:
+        ValueError: If a field is outside its range, or an unknown name looks like a misspelt field of ours.
     """
 
     model_type = "pix2pix"
@@ -72,6 +79,7 @@ class Pix2PixConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         kwargs.pop("custom_pipelines", None)  # derived, see the property
+        self._refuse_misspelt(kwargs)
         if self.num_output_channels is None:
             self.num_output_channels = self.num_channels
         super().__post_init__(**kwargs)
@@ -90,12 +98,26 @@ class Pix2PixConfig(PreTrainedConfig):
             [`Pix2PixConfig`]: The configuration.
 
         Raises:
-            ValueError: If the file belongs to a model of another type.
+            ValueError: If the file belongs to a model of another type, or a name looks like a misspelt field.
         """
+        cls._refuse_misspelt(kwargs)
         found = config_dict.get("model_type", cls.model_type)
         if found != cls.model_type:
             raise ValueError(f"A generator's `model_type` must be {cls.model_type!r}, this checkpoint has {found!r}.")
         return super().from_dict(config_dict, **kwargs)
+
+    @classmethod
+    def _refuse_misspelt(cls, names: Iterable[str]) -> None:
+        """Refuse names that the base class would keep without a word where a field of ours is meant."""
+        own = [name for name in Pix2PixConfig.__annotations__ if not name.startswith("_")]
+        for name in names:
+            if name in own or hasattr(PreTrainedConfig, name):
+                continue
+            meant = get_close_matches(name.lower(), own, 1, _LIKENESS)
+            if meant:
+                raise ValueError(
+                    f"`{name}` is no field of Pix2PixConfig; `{meant[0]}` is: spell it so, or leave `{name}` out."
+                )
 
     def _check_choices(self) -> None:
         for name, allowed in (

@@ -98,6 +98,9 @@ class ImageToImagePipeline(Pipeline):
     def __call__(self, inputs: Any, **kwargs: Any) -> Image.Image | list[Image.Image] | Iterator[Image.Image | None]:
         """Translate images; each output has the size of its input (times the scale of an upscaling model).
 
+        Outputs are opaque: what is transparent in an input is laid over white, because the networks see no alpha.
+        `hf-efficient translate` gives each result the alpha channel of its file back.
+
         Args:
             inputs (`str`, `Path`, `PIL.Image.Image`, `np.ndarray`, `torch.Tensor` or a collection of them): Paths,
                 URLs, base64 strings, images of any mode, arrays, `{"bytes": ..., "path": ...}` records; lists, tuples,

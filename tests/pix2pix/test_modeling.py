@@ -1,5 +1,7 @@
 """Shapes, receptive fields, norms, gradients and ONNX of the networks."""
 
+import json
+
 import pytest
 import torch
 from torch import nn
@@ -169,11 +171,27 @@ def test_source_and_target_of_unequal_channels():
         ({"inference_stats": "frozen"}, r"`inference_stats` must be one of running, batch, got 'frozen'"),
         ({"dropout": 1.0}, r"`dropout` must lie in \[0, 1\), got 1.0"),
         ({"num_channels": 4}, r"`num_channels` must be 1 \(grey\) or 3 \(RGB\), got 4"),
+        ({"num_level": 6}, r"`num_level` is no field of Pix2PixConfig; `num_levels` is"),
+        ({"inference_dropuot": True}, r"`inference_dropout` is: spell it so, or leave `inference_dropuot` out"),
     ],
 )
 def test_a_wrong_configuration_is_named(fields, message):
     with pytest.raises(ValueError, match=message):
         Pix2PixConfig(**fields)
+
+
+def test_a_misspelt_field_is_named_and_foreign_ones_load(tmp_path, tiny_config):
+    tiny_config.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="`base_channel` is no field"):
+        Pix2PixConfig.from_pretrained(tmp_path, base_channel=8)
+    file = tmp_path / "config.json"
+    foreign = {"num_labels": 3, "output_attentions": True, "layer_norm_eps": 1e-5, "max_image_size": 8, "hub_note": ""}
+    file.write_text(json.dumps(json.loads(file.read_text()) | foreign))
+    config = Pix2PixConfig.from_pretrained(tmp_path)
+    assert (config.num_labels, config.hub_note, config.num_levels) == (3, "", 3)
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"dropouts": 0.1}))
+    with pytest.raises(ValueError, match="`dropouts` is no field of Pix2PixConfig; `dropout` is"):
+        Pix2PixConfig.from_pretrained(tmp_path)
 
 
 def test_a_wrong_input_is_named(tiny_model):
@@ -221,3 +239,14 @@ def test_onnx_gives_the_answers_of_the_chosen_mode(tmp_path, norm, stats):
             expected = model(images)[0]
         answer = torch.from_numpy(session.run(None, {"pixel_values": images.numpy()})[0])
         torch.testing.assert_close(answer, expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("generator", ["unet", "resnet_6blocks"])
+def test_dropout_that_onnx_would_lose_is_refused(tmp_path, generator):
+    pytest.importorskip("onnxscript")
+    config = Pix2PixConfig(generator=generator, num_levels=6, base_channels=1, image_size=64, inference_dropout=True)
+    model, file = Pix2PixModel(config).eval(), tmp_path / "model.onnx"
+    with pytest.raises(Exception, match="`inference_dropout` must be False for an export to ONNX, got True"):
+        torch.onnx.export(model, (random_images(1, 3, 64, 64),), file, dynamo=True, verbose=False)
+    assert not file.exists()
+    assert model(random_images(1, 3, 64, 64)).reconstruction.shape == (1, 3, 64, 64)

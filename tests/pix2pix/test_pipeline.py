@@ -73,6 +73,13 @@ def test_every_mode_of_image_comes_back_in_its_size(pipe, picture):
         assert (answer.size, answer.mode) == (image.size, "RGB"), mode
 
 
+def test_transparent_pixels_are_laid_over_white(pipe, picture):
+    see_through = picture(11, 18).convert("RGBA")
+    see_through.putalpha(Image.linear_gradient("L").resize(see_through.size))
+    white = Image.alpha_composite(Image.new("RGBA", see_through.size, "white"), see_through).convert("RGB")
+    same([pipe(see_through)], [pipe(white)])
+
+
 @pytest.mark.parametrize("batch_size", [1, 2, 3])
 def test_lists_columns_and_streams_of_unequal_sizes(pipe, picture_folder, expected, batch_size):
     paths = [str(path) for path in sorted(picture_folder.iterdir())]
