@@ -1,6 +1,6 @@
 """`hf-efficient quickstart`: the main job of every method on real, embedded data, in one table.
 
-A method adds its part as `quickstart_<method>.py` in its folder and one line in `_PARTS`. The module has one public
+A method adds its part as `quickstart_<method>.py` in its folder and one entry in `_PARTS`. The module has one public
 function, `run(checkpoints, output)`, which takes the folder of checkpoints and the folder for pictures and returns
 
     {
@@ -11,34 +11,49 @@ function, `run(checkpoints, output)`, which takes the folder of checkpoints and 
         "details": {...},                                                       # more for --json, optional
     }
 
-It shows progress with `transformers.utils.logging.tqdm`, uses no network and raises a `FileNotFoundError` or an
-`ImportError` that names the remedy where a checkpoint or a package is missing.
+It shows progress with `transformers.utils.logging.tqdm` and uses no network. The checkpoints and packages that it
+needs stand in `_PARTS`: they are looked for before the first part starts.
 """
 
 import argparse
 import os
+import sys
 import time
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from .results import run_meta
 
 
-# title -> module of the part below this package
-_PARTS: dict[str, str] = {
-    "Dynamic-LLaVA": "dynamic_llava.quickstart_dynamic_llava",
-    "ToE": "toe.quickstart_toe",
-    "KDFS": "kdfs.quickstart_kdfs",
-    "Pix2Pix": "pix2pix.quickstart_pix2pix",
+class _Part(NamedTuple):
+    """What one method shows, and what it needs."""
+
+    module: str  # below this package
+    checkpoints: tuple[str, ...] = ()  # folders of model_cards/
+    packages: tuple[str, ...] = ()  # by import name
+
+
+_PARTS: dict[str, _Part] = {
+    "Dynamic-LLaVA": _Part(
+        "dynamic_llava.quickstart_dynamic_llava",
+        ("dynamic-llava-easy-vqa", "dynamic-llava-scenes"),
+        ("easy_vqa", "matplotlib"),
+    ),
+    "ToE": _Part("toe.quickstart_toe", packages=("sklearn", "matplotlib")),
+    "KDFS": _Part("kdfs.quickstart_kdfs", packages=("sklearn", "matplotlib")),
+    "Pix2Pix": _Part("pix2pix.quickstart_pix2pix", ("pix2pix-cartoon2photo",), ("skimage", "cv2")),
 }
+_FILES = ("config.json", "model.safetensors")  # what a folder must hold to be a checkpoint
 
 
 class Quickstart:
     """Run every method once on real data that comes with the clone and the wheels; no network is used.
 
-    Prints one table and writes pictures. The checkpoints are read from model_cards/ of a clone of the repository,
-    the data from the wheels of the extra: pip install -e ".[quickstart]".
+    Says when a method is done, prints one table and writes pictures. The checkpoints are read from model_cards/ of a
+    clone of the repository, the data from the wheels of the extra: pip install -e ".[quickstart]". What is missing is
+    said before anything runs.
 
     Examples:
       hf-efficient quickstart
@@ -63,11 +78,17 @@ class Quickstart:
         output = Path(arguments.output)
         if output.is_file():
             raise ValueError(f"--output {output} is a file; name a folder.")
+        _check_needs(checkpoints)
         output.mkdir(parents=True, exist_ok=True)
         report: dict[str, Any] = {"meta": run_meta("hf-efficient quickstart"), "parts": {}}
         start = time.perf_counter()
-        for title, module in _PARTS.items():
-            report["parts"][title] = import_module(f".{module}", __package__).run(checkpoints, output)
+        for number, (title, part) in enumerate(_PARTS.items(), 1):
+            begin = time.perf_counter()
+            found = import_module(f".{part.module}", __package__).run(checkpoints, output)
+            found["seconds"] = round(time.perf_counter() - begin, 1)
+            report["parts"][title] = found
+            if not arguments.quiet:  # standard output is the result's
+                sys.stderr.write(f"{title}: done in {found['seconds']} s ({number} of {len(_PARTS)})\n")
         report["seconds"] = round(time.perf_counter() - start, 1)
         report["text"] = _render(report, output)
         return report
@@ -89,6 +110,23 @@ def find_checkpoints() -> Path:
             'the repository and install it with pip install -e ".[quickstart]".'
         )
     return folder
+
+
+def _check_needs(checkpoints: Path) -> None:
+    """Look for everything that the parts need, so that nothing ends in the middle of the work."""
+    for title, part in _PARTS.items():
+        files = (checkpoints / name / file for name in part.checkpoints for file in _FILES)
+        missing = next((file for file in files if not file.is_file()), None)
+        if missing is not None:
+            raise FileNotFoundError(
+                f"{title} needs the checkpoint {missing.parent}, but there is no {missing.name}: check out "
+                f"model_cards/{missing.parent.name} of the repository again."
+            )
+        absent = [name for name in part.packages if find_spec(name) is None]
+        if absent:
+            raise ImportError(
+                f'{title} needs {" and ".join(absent)}, not installed here: run pip install -e ".[quickstart]".'
+            )
 
 
 def _render(report: dict[str, Any], output: Path) -> str:

@@ -227,11 +227,12 @@ def test_quickstart_puts_the_parts_into_one_table(monkeypatch, tmp_path, capsys)
         given.update(checkpoints=checkpoints, output=output)
         return part
 
-    monkeypatch.setattr(quickstart, "_PARTS", {"Toy": "toy"})
+    monkeypatch.setattr(quickstart, "_PARTS", {"Toy": quickstart._Part("toy"), "Other": quickstart._Part("toy")})
     monkeypatch.setattr(quickstart, "import_module", lambda name, package: SimpleNamespace(run=run))
     out = tmp_path / "new" / "out"
     assert cli.main(["quickstart", "--output", str(out), "--json", str(tmp_path / "q.json")]) == 0
-    text = capsys.readouterr().out
+    text, said = capsys.readouterr()
+    assert re.fullmatch(r"Toy: done in [\d.]+ s \(1 of 2\)\nOther: done in [\d.]+ s \(2 of 2\)\n", said)
     assert given["output"] == out
     assert out.is_dir()
     assert given["checkpoints"].name == "model_cards"
@@ -242,6 +243,37 @@ def test_quickstart_puts_the_parts_into_one_table(monkeypatch, tmp_path, capsys)
     report = json.loads((tmp_path / "q.json").read_text())
     assert report["parts"]["Toy"]["summary"] == part["summary"]
     assert set(report["meta"]) >= {"command", "commit", "cpu", "threads", "date", "versions"}
+
+
+@pytest.mark.parametrize("absent", ["config.json", "model.safetensors", "package"])
+def test_quickstart_says_what_is_missing_before_any_work(monkeypatch, tmp_path, capsys, absent):
+    """The last part lacks something: the first one has not run when that is said."""
+    last = quickstart._Part("last", ("card",), ("no_such_package",) if absent == "package" else ())
+    monkeypatch.setattr(quickstart, "_PARTS", {"First": quickstart._Part("first"), "Last": last})
+    monkeypatch.setattr(quickstart, "import_module", lambda name, package: pytest.fail(f"{name} was run"))
+    monkeypatch.setattr(quickstart, "find_checkpoints", lambda: tmp_path)
+    (tmp_path / "card").mkdir()
+    for file in {"config.json", "model.safetensors"} - {absent}:
+        (tmp_path / "card" / file).write_text("{}")
+    assert cli.main(["quickstart", "--output", str(tmp_path / "out")]) == 2
+    said = capsys.readouterr().err
+    if absent == "package":
+        assert 'Last needs no_such_package, not installed here: run pip install -e ".[quickstart]".\n' in said
+    else:
+        assert f"Last needs the checkpoint {tmp_path / 'card'}, but there is no {absent}: check out" in said
+    assert len(said.splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_every_part_of_quickstart_names_what_it_needs(repository):
+    """The entries are those that the modules read: the constants of the parts and the packages of the extra."""
+    from hf_efficient.dynamic_llava import quickstart_dynamic_llava
+    from hf_efficient.pix2pix import quickstart_pix2pix
+
+    parts = quickstart._PARTS
+    assert parts["Dynamic-LLaVA"].checkpoints == (quickstart_dynamic_llava.EASY_VQA, quickstart_dynamic_llava.SCENES)
+    assert parts["Pix2Pix"].checkpoints == (quickstart_pix2pix.CHECKPOINT,)
+    quickstart._check_needs(repository / "model_cards")
 
 
 def test_table_is_set_in_columns():
