@@ -1,5 +1,6 @@
-"""Pairs of images to train on: two columns, one column and a cartoonizer, or a folder of A|B pictures."""
+"""Pairs of images to train on: two columns, one column or folder and a cartoonizer, or a folder of A|B pictures."""
 
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from torch.utils.data import Dataset
 
 from .cartoonize_pix2pix import MAX_STRENGTH, METHODS, cartoonize
@@ -16,6 +17,7 @@ from .image_processing_pix2pix import Pix2PixImageProcessor, to_rgb
 
 
 _ENDINGS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
+_SIDE_BY_SIDE = (1.8, 2.2)  # width over height; photographs are narrower (16:9 is 1.78) or panoramas
 
 
 class ImagePairs(Dataset):
@@ -31,15 +33,15 @@ class ImagePairs(Dataset):
         size (`int`, defaults to 256): Side in pixels that both images are resized to.
         jitter (`int`, defaults to 0): Pixels that both are first enlarged by, then cropped at random (the paper: 30).
         flip (`bool`, defaults to `False`): Mirror half of the pairs at random.
-        method (`str`, defaults to `"bilateral"`): Cartoonizer, for pairs without a source column.
+        method (`str`, *optional*): Cartoonizer, for pairs without a source column; `"bilateral"` where left out.
         strength (`int`, defaults to 3): Its strength, 0 to 5.
         num_channels (`int`, defaults to 3): Channels of the source.
         num_output_channels (`int`, defaults to 3): Channels of the target.
         seed (`int`, defaults to 0): Seed of the augmentation.
 
     Raises:
-        ValueError: If a column is missing, a setting is outside its range, or, when a row is read, its two images
-            have unequal sizes.
+        ValueError: If a column is missing, a setting is outside its range, `source_column` and `method` are both
+            given, or, when a row is read, its two images have unequal sizes.
     """
 
     def __init__(
@@ -51,7 +53,7 @@ class ImagePairs(Dataset):
         size: int = 256,
         jitter: int = 0,
         flip: bool = False,
-        method: str = "bilateral",
+        method: str | None = None,
         strength: int = 3,
         num_channels: int = 3,
         num_output_channels: int = 3,
@@ -65,7 +67,14 @@ class ImagePairs(Dataset):
                 raise ValueError(f"`{argument}` must be one of the columns {', '.join(names)}, got {column!r}.")
         if size < 1 or jitter < 0:
             raise ValueError(f"`size` must be at least 1 and `jitter` at least 0 pixels, got {size} and {jitter}.")
-        if method not in METHODS or strength not in range(MAX_STRENGTH + 1):
+        if source_column is None:
+            method = "bilateral" if method is None else method
+        elif method is not None:
+            raise ValueError(
+                f"`source_column` and `method` must not both be given, got {source_column!r} and {method!r}: the "
+                "source is either read or drawn by the cartoonizer; leave one of them out."
+            )
+        if method not in (*METHODS, None) or strength not in range(MAX_STRENGTH + 1):
             raise ValueError(
                 f"`method` must be one of {', '.join(METHODS)} and `strength` a whole number from 0 to "
                 f"{MAX_STRENGTH}, got {method!r} and {strength!r}."
@@ -116,7 +125,8 @@ class ImagePairs(Dataset):
             sizes = " and ".join(f"{image.width}x{image.height}" for image in (source, target))
             raise ValueError(
                 f"Row {row}: both images of a pair must have one size, got {sizes} pixels in "
-                f"{self.source_column!r} and {self.target_column!r}; crop or resize one of them first."
+                f"{self.source_column!r} and {self.target_column!r}; where they show the same, resize one to the size "
+                "of the other before (`size` scales both alike and aligns nothing)."
             )
         return source, target
 
@@ -135,44 +145,85 @@ class ImagePairs(Dataset):
         return {"pixel_values": pair[0], "labels": pair[1]}
 
 
-class SideBySideFolder(Sequence):
-    """A folder of pictures that hold both images of a pair side by side (A|B), read when asked for.
+class PictureFolder(Sequence):
+    """A folder of pictures as rows with the one column `image`, read when asked for: what a cartoonizer needs.
 
     Args:
-        folder (`str` or `os.PathLike`): Folder of pictures.
-        source (`str`, defaults to `"left"`): Half that holds the source: `"left"` or `"right"`.
+        folder (`str` or `os.PathLike`): Folder of pictures; its subfolders are not read.
 
     Raises:
         FileNotFoundError: If the folder holds no picture.
-        ValueError: If `source` is neither half or, when a row is read, a picture cannot be halved.
+        ValueError: When a row is read, if its picture is damaged.
     """
 
-    column_names = ("source", "target")
+    column_names: tuple[str, ...] = ("image",)
 
-    def __init__(self, folder: str | os.PathLike, source: str = "left") -> None:
-        if source not in ("left", "right"):
-            raise ValueError(f'`source` must be "left" or "right", got {source!r}.')
+    def __init__(self, folder: str | os.PathLike) -> None:
         folder = Path(folder)
         found = folder.iterdir() if folder.is_dir() else ()
         self.files = sorted(path for path in found if path.suffix.lower() in _ENDINGS)
         if not self.files:
             raise FileNotFoundError(f"{folder} holds no picture ({', '.join(sorted(_ENDINGS))}).")
-        self.source = source
 
     def __len__(self) -> int:
         return len(self.files)
 
     def __getitem__(self, row: int) -> dict[str, Image.Image]:
-        path = self.files[row]
-        picture = read_picture(path)
-        if picture.width % 2:
-            raise ValueError(
-                f"{path} must hold two images of one size side by side; its width of {picture.width} pixels is odd."
-            )
+        return {"image": read_picture(self.files[row])}
+
+
+class SideBySideFolder(PictureFolder):
+    """A folder of pictures that hold both images of a pair side by side (A|B), read when asked for.
+
+    Args:
+        folder (`str` or `os.PathLike`): Folder of pictures; its subfolders are not read.
+        source (`str`, defaults to `"left"`): Half that holds the source: `"left"` or `"right"`.
+        any_shape (`bool`, defaults to `False`): Take pictures of any shape, for pairs that are no squares. Without it
+            all must be about twice as wide as high, so that a folder of photographs is not cut in halves.
+
+    Raises:
+        FileNotFoundError: If the folder holds no picture.
+        ValueError: If `source` is neither half, or a picture is damaged or has not the shape of a pair. Shapes are
+            read from the headers of the files alone.
+    """
+
+    column_names = ("source", "target")
+
+    def __init__(self, folder: str | os.PathLike, source: str = "left", *, any_shape: bool = False) -> None:
+        if source not in ("left", "right"):
+            raise ValueError(f'`source` must be "left" or "right", got {source!r}.')
+        super().__init__(folder)
+        self.source = source
+        for path in self.files:
+            _check_shape(path, any_shape)
+
+    def __getitem__(self, row: int) -> dict[str, Image.Image]:
+        picture = read_picture(self.files[row])
         half = picture.width // 2
         left, right = picture.crop((0, 0, half, picture.height)), picture.crop((half, 0, 2 * half, picture.height))
         pair = (left, right) if self.source == "left" else (right, left)
         return {"source": pair[0], "target": pair[1]}
+
+
+def _check_shape(path: Path, any_shape: bool) -> None:
+    """Refuse a picture that cannot hold two images side by side, without reading its pixels."""
+    low, high = (0, math.inf) if any_shape else _SIDE_BY_SIDE
+    try:
+        with Image.open(path) as picture:
+            width, height = picture.size
+            if (width % 2 or not low <= width / height <= high) and (
+                picture.getexif().get(ExifTags.Base.Orientation, 1) > 4  # asked last: some formats read all for it
+            ):
+                width, height = height, width
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{path} is no picture that can be read; mend it or take it out of the folder.") from error
+    if width % 2 or not low <= width / height <= high:
+        shape = "of even width" if any_shape else "about twice as wide as high, of even width"
+        other = "" if any_shape else ", for pairs that are no squares set `any_shape=True`"
+        raise ValueError(
+            f"{path} is {width}x{height} pixels, but two images side by side make a picture {shape}: for photographs "
+            f"alone name a cartoonizer (`method`) and read them with PictureFolder{other}."
+        )
 
 
 def _as_image(value: Any, row: int, column: str) -> Image.Image:

@@ -8,7 +8,7 @@ from PIL import Image
 
 from hf_efficient import cartoonize
 from hf_efficient.pix2pix.figures_pix2pix import sample_sheet, save_picture
-from hf_efficient.pix2pix.pairs_pix2pix import ImagePairs, SideBySideFolder
+from hf_efficient.pix2pix.pairs_pix2pix import ImagePairs, PictureFolder, SideBySideFolder
 
 
 def pixels(image) -> torch.Tensor:
@@ -87,7 +87,7 @@ def test_turned_pictures_stand_upright_before_they_are_compared_and_halved(tmp_p
     folder = tmp_path / "pairs"
     folder.mkdir()
     turned(both, folder / "0.png")
-    pair = SideBySideFolder(folder)[0]
+    pair = SideBySideFolder(folder, any_shape=True)[0]
     assert np.array_equal(pair["source"], upright)
     assert np.array_equal(pair["target"], other)
 
@@ -97,9 +97,55 @@ def test_arrays_are_images_too(picture):
     torch.testing.assert_close(pairs[0]["pixel_values"], pairs[0]["labels"], atol=1e-6, rtol=0)
 
 
+def test_photographs_are_not_cut_in_halves(tmp_path, picture):
+    picture(16, 32).save(tmp_path / "0.png")
+    turned(picture(16, 32), tmp_path / "1.png")
+    assert len(SideBySideFolder(tmp_path)) == 2
+    turned(picture(32, 16), tmp_path / "2.png")  # stored as 32x16
+    with pytest.raises(
+        ValueError, match=r"2\.png is 16x32 pixels, .* twice as wide as high.*\(`method`\).*PictureFolder"
+    ):
+        SideBySideFolder(tmp_path)
+    picture(18, 32).save(tmp_path / "2.png")  # 16:9
+    with pytest.raises(ValueError, match=r"2\.png is 32x18 pixels"):
+        SideBySideFolder(tmp_path)
+    assert SideBySideFolder(tmp_path, any_shape=True)[2]["target"].size == (16, 18)
+
+
+def test_the_shape_is_read_from_the_header_alone(tmp_path, picture):
+    picture(200, 400).save(tmp_path / "0.png")
+    data = (tmp_path / "0.png").read_bytes()
+    (tmp_path / "0.png").write_bytes(data[: len(data) // 2])
+    rows = SideBySideFolder(tmp_path)
+    with pytest.raises(ValueError, match=r"0\.png is no readable picture"):
+        rows[0]
+
+
+def test_a_folder_of_photographs_and_a_cartoonizer(tmp_path, picture):
+    picture(16, 24).save(tmp_path / "b.png")
+    picture(24, 16).save(tmp_path / "a.png")
+    (tmp_path / "notes.txt").write_text("no picture")
+    pairs = ImagePairs(PictureFolder(tmp_path), "image", size=16, method="palette", strength=2)
+    assert len(pairs) == 2
+    source, target = pairs.images(1)
+    assert np.array_equal(target, picture(16, 24))
+    assert np.array_equal(source, cartoonize(picture(16, 24), method="palette", strength=2))
+    assert pairs[0]["pixel_values"].shape == (3, 16, 16)
+
+
+def test_a_source_column_and_a_cartoonizer_exclude_each_other(picture):
+    rows = [{"a": picture(16, 16), "b": picture(16, 16)}]
+    with pytest.raises(ValueError, match="must not both be given, got 'a' and 'bilateral'.*leave one of them out"):
+        ImagePairs(rows, "b", "a", method="bilateral")
+    assert ImagePairs(rows, "b", "a").method is None
+    assert ImagePairs(rows, "b").method == "bilateral"
+
+
 def test_wrong_pairs_are_named(tmp_path, picture):
     rows = [{"a": picture(16, 16), "b": picture(16, 20)}]
-    with pytest.raises(ValueError, match=r"Row 0: .*one size, got 16x16 and 20x16 pixels in 'a' and 'b'"):
+    with pytest.raises(
+        ValueError, match=r"Row 0: .*one size, got 16x16 and 20x16 pixels in 'a' and 'b'; .* resize one"
+    ):
         ImagePairs(rows, "b", "a")[0]
     with pytest.raises(ValueError, match="`target_column` must be one of the columns a, b, got 'photo'"):
         ImagePairs(rows, "photo")
@@ -119,12 +165,13 @@ def test_wrong_pairs_are_named(tmp_path, picture):
     with pytest.raises(FileNotFoundError, match="holds no picture"):
         SideBySideFolder(tmp_path)
     picture(16, 31).save(tmp_path / "odd.png")
-    (tmp_path / "text.png").write_text("no picture")
-    folder = SideBySideFolder(tmp_path)
-    with pytest.raises(ValueError, match=r"odd\.png must hold two images of one size .* 31 pixels is odd"):
-        folder[0]
-    with pytest.raises(ValueError, match=r"text\.png is no picture"):
-        folder[1]
+    with pytest.raises(ValueError, match=r"odd\.png is 31x16 pixels, but .* make a picture of even width: for photog"):
+        SideBySideFolder(tmp_path, any_shape=True)
+    (tmp_path / "a.png").write_text("no picture")
+    with pytest.raises(ValueError, match=r"a\.png is no picture that can be read; mend it or take it out"):
+        SideBySideFolder(tmp_path)
+    with pytest.raises(ValueError, match=r"a\.png is no picture"):
+        PictureFolder(tmp_path)[0]
     with pytest.raises(ValueError, match='"left" or "right", got \'top\''):
         SideBySideFolder(tmp_path, "top")
 
