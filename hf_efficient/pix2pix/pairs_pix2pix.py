@@ -211,9 +211,8 @@ def _check_shape(path: Path, any_shape: bool) -> None:
     try:
         with Image.open(path) as picture:
             width, height = picture.size
-            if (width % 2 or not low <= width / height <= high) and (
-                picture.getexif().get(ExifTags.Base.Orientation, 1) > 4  # asked last: some formats read all for it
-            ):
+            header = picture.format != "PNG" or "exif" in picture.info  # else Pillow reads all of a PNG to look for it
+            if header and picture.getexif().get(ExifTags.Base.Orientation, 1) > 4:
                 width, height = height, width
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path} is no picture that can be read; mend it or take it out of the folder.") from error

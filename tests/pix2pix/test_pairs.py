@@ -135,7 +135,7 @@ def test_a_folder_of_photographs_and_a_cartoonizer(tmp_path, picture):
 
 def test_a_source_column_and_a_cartoonizer_exclude_each_other(picture):
     rows = [{"a": picture(16, 16), "b": picture(16, 16)}]
-    with pytest.raises(ValueError, match="must not both be given, got 'a' and 'bilateral'.*leave one of them out"):
+    with pytest.raises(ValueError, match=r"must not both be given, got 'a' and 'bilateral'.*leave one of them out"):
         ImagePairs(rows, "b", "a", method="bilateral")
     assert ImagePairs(rows, "b", "a").method is None
     assert ImagePairs(rows, "b").method == "bilateral"
