@@ -15,7 +15,8 @@ from .expansion_toe import TokenExpansion
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_PALE = (0.78, 0.97)  # what black and white become where a patch is not kept
+# what black and white become where a patch is not kept: of a middle brightness and blue, which no grey picture is
+_BLACK, _WHITE, _STROKE = (0.24, 0.38, 0.62), (0.54, 0.69, 0.90), "white"
 _COLOURS = {"full": "#444444", "toe": "#1b7837", "random": "#b35806", "fast": "#2166ac"}
 
 
@@ -69,8 +70,8 @@ def plot_expansion(
 ) -> "Figure":
     """Draw what each stage keeps: one row an image, first the image itself, then one column a stage.
 
-    Patches that a stage keeps are in full colour, with a thin line around them; those merged into others are grey and
-    pale.
+    Patches that a stage keeps are as in the image, with a thin line around them; those merged into others are blue and
+    struck through, which can be told apart on white, on black and on photographs.
 
     Args:
         model (`nn.Module`): A supported model on square images.
@@ -102,8 +103,9 @@ def plot_expansion(
         axes[row, 0].imshow(picture, **place)
         for axis, mask in zip(axes[row, 1:], masks):
             kept = mask[row].view(side, side).numpy()
-            axis.imshow(_fade(picture, kept), **place)
+            axis.imshow(_tint(picture, kept), **place)
             _outline(axis, kept)
+            _strike(axis, ~kept)
     titles = [
         f"stage {stage}: {int(mask[0].sum())} of {mask.shape[1]} tokens\nfrom layer {config.after_layer + 1} on"
         for stage, mask in enumerate(masks, 1)
@@ -123,12 +125,21 @@ def _as_colours(picture: Any) -> np.ndarray:
     return np.repeat(picture, 3, axis=2) if picture.shape[2] == 1 else picture[..., :3]
 
 
-def _fade(picture: np.ndarray, kept: np.ndarray) -> np.ndarray:
-    """Grey and pale where a patch is not kept; neither white nor black, so that both stand out against it."""
+def _tint(picture: np.ndarray, kept: np.ndarray) -> np.ndarray:
+    """Blue where a patch is not kept, its contrast reduced, so that white and black beside it both stand out."""
     height, width = picture.shape[:2]
     rows, columns = (np.arange(length) * len(kept) // length for length in (height, width))
-    grey = _PALE[0] + (_PALE[1] - _PALE[0]) * (picture @ np.array([0.299, 0.587, 0.114]))  # luma of ITU-R BT.601
-    return np.where(kept[rows][:, columns][..., None], picture, grey[..., None])
+    luma = picture @ np.array([0.299, 0.587, 0.114])  # ITU-R BT.601
+    blue = np.array(_BLACK) + np.subtract(_WHITE, _BLACK) * luma[..., None]
+    return np.where(kept[rows][:, columns][..., None], picture, blue)
+
+
+def _strike(axis: Any, dropped: np.ndarray) -> None:
+    """A thin diagonal across every dropped patch; neighbours along it make one line."""
+    from matplotlib import collections
+
+    lines = [((x, y + 1), (x + 1, y)) for y, x in zip(*dropped.nonzero())]
+    axis.add_collection(collections.LineCollection(lines, colors=_STROKE, linewidths=0.8, alpha=0.7))
 
 
 def _outline(axis: Any, kept: np.ndarray) -> None:
