@@ -205,7 +205,7 @@ def write_checkpoint(args: argparse.Namespace, results: dict[str, Any]) -> None:
                 {"file": "accuracy_over_time.png", "caption": "Validation accuracy over training time"},
                 {
                     "file": "kept_tokens.png",
-                    "caption": "Tokens that each stage keeps, in their own colours; blue, struck-out ones are merged into them",
+                    "caption": "Tokens that each stage keeps, as they are; blue, struck-out ones are merged into them",
                 },
             ],
             "metrics": metrics,

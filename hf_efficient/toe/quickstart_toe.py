@@ -63,7 +63,7 @@ def run(checkpoints: Path, output: Path) -> dict[str, Any]:
         "pictures": [
             {
                 "file": PICTURE,
-                "caption": "tokens that each stage of ToE keeps of four digits; blue, struck-out ones are merged into them",
+                "caption": "tokens that each stage of ToE keeps of four digits; blue ones are merged into them",
             }
         ],
         "notes": [
