@@ -1,10 +1,12 @@
 """Train Pix2Pix on any pairs of images (arXiv 1611.07004), such as the label maps of facades to photographs.
 
-Three kinds of data: two image columns, one image column and a cartoonizer, or a folder of A|B pictures. An interrupted
-training goes on at its last checkpoint; `--minutes` ends it in time, and the same command goes on later.
+Three kinds of data: two image columns; photographs and a cartoonizer (an image column, or a folder of pictures); or a
+folder of A|B pictures. Of a folder without `train` and `test` every tenth picture is kept for the test. An interrupted
+training goes on at its last checkpoint; `--minutes` ends it in time, and the same command goes on later. Exit code 2
+means wrong input, with one sentence that says what to change.
 
     python examples/pix2pix_train.py --dataset DIR/facades --source labels --target photo --minutes 60
-    python examples/pix2pix_train.py --dataset DIR/photos --target image --cartoonizer palette --strength 4
+    python examples/pix2pix_train.py --dataset DIR/photos --cartoonizer palette --strength 4
     python examples/pix2pix_train.py --dataset DIR/my_ab_pictures
 
 Writes previews while it trains, then `model/`, `results.json` (PSNR and SSIM on the test pairs) and `samples.png`. To
@@ -14,6 +16,8 @@ have them, some 12 to 13 dB.
 
 import argparse
 import json
+import os
+import sys
 import time
 from pathlib import Path
 
@@ -30,9 +34,31 @@ from hf_efficient import (
     Pix2PixTrainer,
     Pix2PixTrainingArguments,
 )
+from hf_efficient.cli import describe
 from hf_efficient.pix2pix.figures_pix2pix import sample_sheet, save_picture
 from hf_efficient.pix2pix.pairs_pix2pix import ImagePairs, SideBySideFolder
 from hf_efficient.results import run_meta, write_whole
+
+
+# what the package calls a setting -> what is typed here
+TYPED = {
+    "method": "--cartoonizer",
+    "source_column": "--source",
+    "target_column": "--target",
+    "any_shape": "--direction",
+    "base_channels": "--channels",
+    "image_size": "--size",
+    "num_train_epochs": "--epochs",
+    "per_device_train_batch_size": "--batch-size",
+    "output_dir": "--output",
+}
+
+
+class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """Keeps the lines of the description and names each default that there is."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
 
 
 class Deadline(TrainerCallback):
@@ -48,10 +74,15 @@ class Deadline(TrainerCallback):
 
 
 def make_pairs(args: argparse.Namespace, split: str, augment: bool) -> ImagePairs:
-    rows = load_rows(args.dataset, split)
+    pictures = "photographs" if args.cartoonizer else "pairs" if args.direction else None
+    rows = load_rows(args.dataset, split, pictures)
     source, target = args.source, args.target
     if isinstance(rows, SideBySideFolder):
-        source, target = ("source", "target") if args.direction == "AtoB" else ("target", "source")
+        source, target = ("target", "source") if args.direction == "BtoA" else ("source", "target")
+    elif args.direction:
+        raise ValueError(
+            f"--direction is for a folder of A|B pictures, --dataset {args.dataset} is none: leave it out."
+        )
     settings = {"size": args.size, "method": args.cartoonizer, "strength": args.strength, "seed": args.seed}
     if augment:
         settings |= {"jitter": args.size // 9, "flip": True}
@@ -105,7 +136,11 @@ def report(args: argparse.Namespace, trainer: Pix2PixTrainer, meta: dict) -> Non
     size = (args.size, args.size)
     rows = [[source.resize(size), translate(source.resize(size)), target.resize(size)] for source, target in pairs]
     save_picture(sample_sheet(rows, ["source", "output", "target"]), args.output / "samples.png")
+    data = trainer.train_dataset
     settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+    settings |= {"source": data.source_column, "target": data.target_column, "cartoonizer": data.method}
+    if data.method is None:  # the sources were read, not drawn
+        del settings["cartoonizer"], settings["strength"]
     log = [entry for entry in trainer.state.log_history if "loss_l1" in entry]
     steps = {"steps": trainer.state.global_step, "max_steps": trainer.state.max_steps, "epoch": trainer.state.epoch}
     results = {"test": scores, **steps, "settings": settings, "history": log, "meta": meta}
@@ -115,47 +150,64 @@ def report(args: argparse.Namespace, trainer: Pix2PixTrainer, meta: dict) -> Non
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dataset", default="skimage", help="folder of parquet files or A|B pictures, or a Hub name")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
+    parser.add_argument("--dataset", default="skimage", help="folder of parquet files or pictures, or a Hub name")
     parser.add_argument("--source", help="column of the source images; left out, the target is cartoonized")
     parser.add_argument("--target", default="image", help="column of the wanted images")
-    parser.add_argument("--direction", choices=("AtoB", "BtoA"), default="AtoB", help="for A|B pictures")
-    parser.add_argument("--cartoonizer", default="bilateral", help="bilateral, palette or mean_shift")
+    parser.add_argument("--direction", choices=("AtoB", "BtoA"), help="of A|B pictures (AtoB); any shape, when given")
+    parser.add_argument("--cartoonizer", help="bilateral (where no source is named), palette or mean_shift")
     parser.add_argument("--strength", type=int, default=3, help="of the cartoons, 0 to 5")
-    parser.add_argument("--test-split", default="test")
-    parser.add_argument("--output", type=Path, default=Path("runs/pix2pix_train"))
+    parser.add_argument("--test-split", default="test", help="split to measure on")
+    parser.add_argument("--output", type=Path, default=Path("runs/pix2pix_train"), help="folder to write")
     parser.add_argument("--minutes", type=float, help="stop after so long; the same command goes on")
-    parser.add_argument("--epochs", type=float, default=200)
-    parser.add_argument("--batch-size", type=int, default=1)
+    parser.add_argument("--epochs", type=float, default=200, help="passes over the data")
+    parser.add_argument("--batch-size", type=int, default=1, help="pairs a step")
     parser.add_argument("--size", type=int, default=128, help="pixels, a power of two")
     parser.add_argument("--channels", type=int, default=16, help="base channels of both networks (the paper: 64)")
     parser.add_argument("--generator", default="unet", help="unet, resnet_6blocks or resnet_9blocks")
     parser.add_argument("--norm", default="instance", help="instance, batch or none")
     parser.add_argument("--receptive-field", type=int, default=70, help="1, 16, 34, 70, 142 or 286 pixels")
     parser.add_argument("--gan-loss", default="vanilla", help="vanilla, lsgan, hinge or none")
-    parser.add_argument("--lambda-l1", type=float, default=100.0)
-    parser.add_argument("--ema-decay", type=float, default=0.0)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--logging-steps", type=int, default=200)
-    parser.add_argument("--preview-steps", type=int, default=1000)
-    parser.add_argument("--gpu", action="store_true")
-    parser.add_argument("--bf16", action="store_true")
+    parser.add_argument("--lambda-l1", type=float, default=100.0, help="weight of the L1 loss")
+    parser.add_argument("--ema-decay", type=float, default=0.0, help="decay of the averaged weights, 0 = off")
+    parser.add_argument("--seed", type=int, default=0, help="of weights, order and augmentation")
+    parser.add_argument("--logging-steps", type=int, default=200, help="steps between two lines of losses")
+    parser.add_argument("--preview-steps", type=int, default=1000, help="steps between two previews, 0 = none")
+    parser.add_argument("--gpu", action="store_true", help="train on the accelerator")
+    parser.add_argument("--bf16", action="store_true", help="mixed precision")
     parser.add_argument("--smoke", action="store_true", help="three photographs, tiny networks, under a minute")
     args = parser.parse_args()
     if args.size & (args.size - 1) or args.size < 2:
         parser.error(f"--size must be a power of two, got {args.size}")
+    if args.cartoonizer and (args.direction or args.source):
+        other = "--direction" if args.direction else "--source"
+        parser.error(f"--cartoonizer draws the source images and {other} names them; leave one of them out")
     if args.smoke:
         small = {"size": 32, "channels": 4, "epochs": 2, "receptive_field": 16, "logging_steps": 2, "preview_steps": 3}
-        vars(args).update(small, dataset="skimage", source=None, target="image")
+        vars(args).update(small, dataset="skimage", source=None, target="image", direction=None)
     return args
 
 
-def main() -> None:
+def main() -> int:
     args = parse()
     meta = run_meta()
     torch.set_flush_denormal(True)
-    report(args, train(args), meta)
+    try:
+        report(args, train(args), meta)
+    except FloatingPointError as error:
+        sys.stderr.write(f"pix2pix_train.py: {error}\n")
+        return 1
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted; the same command goes on at the last checkpoint\n")
+        return 130
+    except (ValueError, OSError, ImportError) as error:
+        if os.environ.get("HF_EFFICIENT_TRACEBACK"):
+            raise
+        typed = {name: f"--{name.replace('_', '-')}" for name in vars(args)} | TYPED
+        sys.stderr.write(f"pix2pix_train.py: error: {describe(error, typed)}\n")
+        return 2
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
