@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from PIL import ExifTags, Image, ImageOps
 from torch.utils.data import Dataset
 
 from .cartoonize_pix2pix import MAX_STRENGTH, METHODS, cartoonize
+from .configuration_pix2pix import Pix2PixConfig
 from .figures_pix2pix import read_picture
 from .image_processing_pix2pix import Pix2PixImageProcessor, to_rgb
 
@@ -143,6 +144,45 @@ class ImagePairs(Dataset):
         pair = [pixels[:, top : top + self.size, left : left + self.size] for pixels in pair]
         pair = [(pixels.flip(-1) if mirrored else pixels).contiguous() for pixels in pair]
         return {"pixel_values": pair[0], "labels": pair[1]}
+
+
+def check_first_row(name: str, data: Any, config: Pix2PixConfig) -> None:
+    """Refuse data that a generator cannot be trained on, as far as the first row tells.
+
+    Args:
+        name (`str`): What the data set is called in the error.
+        data (`Dataset`): Its rows; streams, which cannot be asked for a row, are not looked at.
+        config ([`Pix2PixConfig`]): The generator's configuration.
+
+    Raises:
+        ValueError: If the row lacks an image, or an image has not the channels and size that the generator takes.
+    """
+    if not (hasattr(data, "__getitem__") and hasattr(data, "__len__")) or len(data) == 0:
+        return
+    row = data[0]
+    found = list(row) if isinstance(row, Mapping) else [f"a {type(row).__name__}"]
+    if not {"pixel_values", "labels"} <= set(found):
+        raise ValueError(
+            f"Rows of `{name}` must hold `pixel_values` and `labels`, got {', '.join(found)}; make them of columns of "
+            "images by ImagePairs(rows, target_column=..., source_column=...)."
+        )
+    for key, channels in (("pixel_values", config.num_channels), ("labels", config.num_output_channels)):
+        shape = tuple(getattr(row[key], "shape", ()))
+        if not isinstance(row[key], (torch.Tensor, np.ndarray, list)):
+            raise ValueError(
+                f"`{key}` of `{name}` must be a tensor in [-1, 1], got {type(row[key]).__name__}; ImagePairs makes "
+                "tensors of images."
+            )
+        if len(shape) == 3 and shape[0] != channels:
+            raise ValueError(
+                f"`{key}` of `{name}` must have the shape ({channels}, height, width), got {shape}; set "
+                "`num_channels` and `num_output_channels` alike in ImagePairs and Pix2PixConfig."
+            )
+        if len(shape) == 3 and any(side % config.size_divisor for side in shape[1:]):
+            raise ValueError(
+                f"`{key}` of `{name}` must have a height and width divisible by {config.size_divisor} for this "
+                f"generator, got {shape[1]}x{shape[2]}; set `size={config.image_size}` in ImagePairs."
+            )
 
 
 class PictureFolder(Sequence):

@@ -27,6 +27,7 @@ from transformers.trainer_utils import SchedulerType, rotate_checkpoints
 from .figures_pix2pix import sample_sheet, save_picture, to_picture
 from .losses_pix2pix import GAN_LOSSES, ImagePool, discriminator_loss, generator_loss, score_pairs
 from .modeling_pix2pix import Pix2PixDiscriminator, Pix2PixModel
+from .pairs_pix2pix import check_first_row
 from .pushing_pix2pix import PushesNoPickles
 
 
@@ -41,7 +42,8 @@ class Pix2PixTrainingArguments(TrainingArguments):
 
     Defaults that differ from [`TrainingArguments`], all from the paper (Sec. 3.3): `learning_rate` 2e-4, `adam_beta1`
     0.5, `weight_decay` and `max_grad_norm` 0, `num_train_epochs` 200, `per_device_train_batch_size` 1; and for images:
-    `remove_unused_columns` off, `batch_eval_metrics` on, `logging_nan_inf_filter` off, `ddp_broadcast_buffers` off.
+    `remove_unused_columns` off, `batch_eval_metrics` on, `logging_nan_inf_filter` off, `ddp_broadcast_buffers` off;
+    on a CPU `dataloader_pin_memory` is off, since there is nothing to copy to.
     The schedule is the one of `decay_start`; `lr_scheduler_type` and warm-up are refused.
 
     Args:
@@ -96,6 +98,8 @@ class Pix2PixTrainingArguments(TrainingArguments):
         if self.ddp_broadcast_buffers is None:
             self.ddp_broadcast_buffers = False  # running averages are written between two forwards of one step
         super().__post_init__()
+        if self.device.type == "cpu":
+            self.dataloader_pin_memory = False
 
 
 class Pix2PixTrainer(PushesNoPickles, Trainer):
@@ -111,8 +115,9 @@ class Pix2PixTrainer(PushesNoPickles, Trainer):
 
     Raises:
         TypeError: If `args` are plain [`TrainingArguments`].
-        ValueError: If `discriminator` takes another number of channels than source and target have together; while
-            training, if rows lack an image or their images differ in size, or a checkpoint holds other networks.
+        ValueError: If `discriminator` takes another number of channels than source and target have together, or the
+            first row of a data set lacks an image or has one of another shape than the generator takes; while
+            training, if the images of a pair differ in size, or a checkpoint holds other networks.
         FloatingPointError: While training, when a loss is no longer finite. The step is not applied and the model
             holds the weights of the last checkpoint.
     """
@@ -133,6 +138,11 @@ class Pix2PixTrainer(PushesNoPickles, Trainer):
         super().__init__(model=model, args=args, **kwargs)
         self.model_accepts_loss_kwargs = False
         config = model.config
+        if kwargs.get("data_collator") is None:
+            several = isinstance(self.eval_dataset, dict)
+            for data in self.eval_dataset.values() if several else [self.eval_dataset]:
+                check_first_row("eval_dataset", data, config)
+            check_first_row("train_dataset", self.train_dataset, config)
         channels = config.num_channels + config.num_output_channels
         if discriminator is None:
             discriminator = Pix2PixDiscriminator(70, channels, config.base_channels, config.norm)

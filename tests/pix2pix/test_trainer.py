@@ -6,13 +6,14 @@ import resource
 import signal
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, IterableDataset
 from transformers import TrainerCallback, TrainingArguments
 
 from hf_efficient import (
@@ -119,6 +120,7 @@ def test_equals_a_plain_loop(tmp_path, gan_loss, norm):
         decay_start=0.4,
         per_device_train_batch_size=2,
     )
+    seen.clear()  # the first row is looked at before
     run.train()
     optimizers = [torch.optim.Adam(net.parameters(), lr=2e-4, betas=(0.5, 0.999)) for net in (reference, opponent)]
     reference.train()
@@ -485,13 +487,53 @@ def test_a_wrong_setting_is_named(tmp_path):
         Pix2PixTrainer(networks()[0], TrainingArguments(output_dir=str(tmp_path)))
     with pytest.raises(ValueError, match=r"`discriminator` must take 6 channels, .*, got 4; set its `num_channels`"):
         trainer(tmp_path, model=networks()[0], discriminator=Pix2PixDiscriminator(16, 4, 4))
-    with pytest.raises(ValueError, match="must hold `pixel_values` and `labels`, got pixel_values, photo"):
-        trainer(tmp_path, data=[{"pixel_values": torch.zeros(3, 16, 16), "photo": torch.zeros(3, 16, 16)}]).train()
+    source, wrong = torch.zeros(3, 16, 16), torch.zeros(3, 20, 16)
+    for row, message in (
+        ({"pixel_values": source, "photo": source}, "`labels`, got pixel_values, photo; make .* by ImagePairs"),
+        ((source, source), "got a tuple; make .* by ImagePairs"),
+        (
+            {"pixel_values": source, "labels": Image.new("RGB", (16, 16))},
+            "`labels` of .* a tensor .*, got Image; Imag",
+        ),
+        (
+            {"pixel_values": source, "labels": source[:1]},
+            r"the shape \(3, height, width\), got \(1, 16, 16\); set `num_",
+        ),
+        ({"pixel_values": wrong, "labels": wrong}, "divisible by 8 .*, got 20x16; set `size=16` in ImagePairs"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            trainer(tmp_path, data=[row])
+        with pytest.raises(ValueError, match="`eval_dataset` must "):
+            trainer(tmp_path, eval_dataset={"a": Toy(), "b": [row]})
     other = tmp_path / "other"
     trainer(other, save_strategy="steps", save_steps=4).train()
     (other / "checkpoint-4" / "discriminator.safetensors").unlink()
     with pytest.raises(ValueError, match="no checkpoint of a Pix2PixTrainer"):
         trainer(other, max_steps=8).train(resume_from_checkpoint=True)
+
+
+def test_rows_of_a_stream_and_of_a_collator_of_ones_own_are_not_looked_at(tmp_path):
+    class Stream(IterableDataset):
+        def __iter__(self):
+            yield from Toy()
+
+    assert trainer(tmp_path, data=Stream()).train().global_step == 4
+    model, discriminator = networks()
+    args = Pix2PixTrainingArguments(output_dir=str(tmp_path), max_steps=2, save_strategy="no", use_cpu=True)
+    data, collate = (
+        [0, 1, 2],
+        lambda rows: {name: torch.stack([Toy()[row][name] for row in rows]) for name in Toy()[0]},
+    )
+    run = Pix2PixTrainer(model, args, discriminator, train_dataset=data, data_collator=collate)
+    assert run.train().global_step == 2
+
+
+def test_a_cpu_pins_no_memory(tmp_path):
+    run = trainer(tmp_path, max_steps=1)
+    assert run.args.dataloader_pin_memory is False
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*pin_memory")
+        run.train()
 
 
 def test_a_checkpoint_of_other_networks_is_named(tmp_path):
