@@ -2,7 +2,6 @@
 
 import argparse
 import io
-import os
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -88,7 +87,7 @@ def run_prune(arguments: argparse.Namespace) -> dict[str, Any]:
 
     from .configuration_kdfs import KDFSConfig
     from .figures_kdfs import format_widths, plot_widths
-    from .pruner_kdfs import KDFSPruner
+    from .pruner_kdfs import KDFSPruner, check_folder
 
     given = {name: getattr(arguments, name) for name in SETTINGS if getattr(arguments, name) is not None}
     config = KDFSConfig(**given)
@@ -101,7 +100,7 @@ def run_prune(arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.seed < 0:
         raise ValueError(f"--seed must be at least 0, but is {arguments.seed}.")
     output = Path(arguments.output)
-    _check_output(output)
+    check_folder(output, "--output")
     remote = {"trust_remote_code": True} if arguments.trust_remote_code else {}
     for option, name in (("--model", arguments.model), ("--teacher", arguments.teacher)):
         _check_classifier(option, name, remote)
@@ -153,16 +152,6 @@ def run_prune(arguments: argparse.Namespace) -> dict[str, Any]:
     report["folder"] = str(folder)
     lines.append(f"Wrote {folder}.")
     return {**report, "text": "\n".join(lines)}
-
-
-def _check_output(output: Path) -> None:
-    """Refuse a folder that cannot be written before the training."""
-    if output.is_file():
-        raise ValueError(f"--output {output} is a file; name a folder.")
-    above = next(path for path in (output.absolute(), *output.absolute().parents) if path.exists())
-    if not above.is_dir() or not os.access(above, os.W_OK):
-        why = "cannot be written" if above.is_dir() else "is a file"
-        raise ValueError(f"--output {output} cannot be made: {above} {why}; name another folder.")
 
 
 def _check_classifier(option: str, name: str | None, remote: dict[str, Any]) -> None:

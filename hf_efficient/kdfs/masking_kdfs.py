@@ -143,6 +143,11 @@ class KDFSMaskedModel(nn.Module):
         self.sizes = [group.size for group in structure.groups]
         self.dense_macs = float(self.cost.count_macs(torch.ones(sum(self.sizes))))
         limit = reachable_reduction(self.cost, self.sizes, config.min_filters, config.round_to)
+        if limit <= 0:
+            raise ValueError(
+                f"With `min_filters` {config.min_filters} and `round_to` {config.round_to} no filter can be removed: "
+                f"the widest layer that may be pruned has {max(self.sizes)}; lower `min_filters` or `round_to`."
+            )
         if config.target_flops_reduction > limit:
             raise ValueError(
                 f"`target_flops_reduction` must be at most {limit:.4f} for this network with min_filters="

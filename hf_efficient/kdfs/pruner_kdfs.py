@@ -5,6 +5,7 @@ import json
 import math
 import os
 import shutil
+import tempfile
 import time
 import uuid
 from pathlib import Path
@@ -34,6 +35,28 @@ RUN_NAME = "kdfs_run.json"
 SAMPLED_NAME = "sampled.safetensors"
 HISTORY_NAME = "sampled_history.json"
 PHASES = ("sampling", "fine_tuning")
+
+
+def check_folder(folder: Path, name: str) -> None:
+    """Refuse a folder that cannot be made or written, before the work whose result it is to hold.
+
+    Whether one can be written is tried, not asked: to the administrator every folder says yes, /proc among them.
+
+    Args:
+        folder (`Path`): Need not exist.
+        name (`str`): The argument as it is typed.
+
+    Raises:
+        ValueError: If it is a file, below a file, or where nothing can be written.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{name} must be a folder, but {folder} is a file; name a folder.")
+    above = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    try:
+        os.rmdir(tempfile.mkdtemp(prefix=".hf_efficient_", dir=above))
+    except OSError as error:
+        why = "cannot be written" if above.is_dir() else "is a file"
+        raise ValueError(f"{name} {folder} cannot be made: {above} {why}; name another folder.") from error
 
 
 def load_classifier(model: str | os.PathLike | PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
@@ -219,13 +242,11 @@ class KDFSPruner:
             `Path`: `save_directory`.
 
         Raises:
-            ValueError: If the target cannot be reached, the network has no convolutions, or rows lack labels.
+            ValueError: If the target cannot be reached, the network has no convolutions, rows lack labels, or the
+                folder cannot be written.
         """
         save_directory = Path(save_directory)
-        if save_directory.exists() and not save_directory.is_dir():
-            raise ValueError(
-                f"`save_directory` must be a folder, but {save_directory} is a file; choose another name."
-            )
+        check_folder(save_directory, "`save_directory`")
         input_shape = tuple(first_image(train_dataset).shape)
         args = args or self._default_arguments(save_directory)
         self.processing_class = processing_class or self.processing_class

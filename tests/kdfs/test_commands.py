@@ -67,6 +67,11 @@ def test_prune(material, tmp_path, capsys):
     ("more", "message"),
     [
         (["--target-flops-reduction", "0.99"], "must be at most 0."),
+        (
+            ["--min-filters", "999"],
+            "With --min-filters 999 and --round-to 1 no filter can be removed: the widest layer",
+        ),
+        (["--min-filters", "16"], "layer that may be pruned has 16; lower --min-filters or --round-to."),
         (["--target-flops-reduction", "1.5"], "must be a number in (0, 1), but is 1.5"),
         (["--label-column", "kind"], "--label-column"),
         (["--train-split", "learn"], "--train-split learn is not in the dataset; it has"),
@@ -94,7 +99,7 @@ def test_files_of_the_wrong_kind(material, tmp_path, capsys):
     other.mkdir()
     (other / "config.json").write_text('{"model_type": "llava"}')
     cases = [
-        (["--output", str(file)], f"--output {file} is a file; name a folder."),
+        (["--output", str(file)], f"--output must be a folder, but {file} is a file; name a folder."),
         (["--output", str(file / "sub")], f"--output {file / 'sub'} cannot be made: {file} is a file"),
         (["--dataset", str(file)], f"--dataset {file} could not be read"),
         (["--model", str(other)], f"--model {other} is no image classifier, but of type 'llava'"),
@@ -105,6 +110,15 @@ def test_files_of_the_wrong_kind(material, tmp_path, capsys):
         error = capsys.readouterr().err.strip().splitlines()[-1]
         assert error.startswith("hf-efficient prune: error: ")
         assert message in error
+
+
+def test_a_folder_that_cannot_be_written_is_refused_first(material, tmp_path, capsys):
+    """The administrator may write everywhere, and still nothing can be made in /proc."""
+    if not Path("/proc/self").is_dir():
+        pytest.skip("this system has no /proc")
+    assert run(material, tmp_path, "--output", "/proc/nope", "--model", "nowhere") == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.endswith("error: --output /proc/nope cannot be made: /proc cannot be written; name another folder.")
 
 
 @pytest.mark.parametrize(
