@@ -88,9 +88,18 @@ def train(args: argparse.Namespace, name: str) -> None:
     gan_loss = args.gan_loss if adversarial else "none"
     set_seed(args.seed)
     levels = args.size.bit_length() - 1
-    network = {"base_channels": args.channels, "norm": args.norm}
-    model = Pix2PixModel(Pix2PixConfig(num_levels=levels, image_size=args.size, dropout=args.dropout, **network))
-    discriminator = Pix2PixDiscriminator(args.receptive_field, **network)
+    model = Pix2PixModel(
+        Pix2PixConfig(
+            num_levels=levels,
+            base_channels=args.channels,
+            norm=args.norm,
+            dropout=args.dropout,
+            image_size=args.size,
+        )
+    )
+    discriminator = Pix2PixDiscriminator(
+        args.receptive_field, base_channels=args.channels, norm=args.discriminator_norm or args.norm
+    )
     rows = split_rows(args)[0]
     settings = {"size": args.size, "jitter": args.size // 9, "flip": True, "seed": args.seed}
     pairs = ImagePairs(rows, args.column, method=method, strength=args.strength, **settings)
@@ -118,6 +127,7 @@ def train(args: argparse.Namespace, name: str) -> None:
     log = trainer.state.log_history
     run = {"run": name, "cartoonizer": method, "strength": args.strength, "gan_loss": gan_loss, "seed": args.seed}
     run |= {"lambda_l1": args.lambda_l1, "ema_decay": training.ema_decay, "dropout": args.dropout}
+    run |= {"norm": args.norm, "discriminator_norm": args.discriminator_norm or args.norm}
     run |= {
         "receptive_field": args.receptive_field,
         "discriminator_learning_rate": training.discriminator_learning_rate,
@@ -156,10 +166,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--final", action="store_true", help="measure on the test split")
     parser.add_argument("--features", type=Path, help="weights of tf_efficientnet_lite0, for KID and feature cosine")
     parser.add_argument("--card", type=Path, metavar="DIR", help="write the first model with its card there")
+    parser.add_argument("--choices", type=Path, nargs="+", default=[], metavar="DIR", help="trials for the card")
     parser.add_argument("--epochs", type=int, default=60)
     parser.add_argument("--size", type=int, default=128, help="pixels, a power of two")
     parser.add_argument("--channels", type=int, default=16, help="base channels of both networks")
     parser.add_argument("--norm", default="instance", help="instance, batch or none")
+    parser.add_argument("--discriminator-norm", help="where it differs from --norm")
     parser.add_argument("--dropout", type=float, default=0.5, help="of the generator while it trains")
     parser.add_argument("--receptive-field", type=int, default=70, help="of the discriminator, pixels")
     parser.add_argument("--gan-loss", default="vanilla", help="vanilla, lsgan or hinge")

@@ -63,7 +63,7 @@ def report(args: argparse.Namespace, runs: list[dict[str, Any]], photos: Sequenc
     )
     page = robustness.save(args.output / "robustness")
     tables = [own_table(args, robustness, runs), cross_table(robustness), batch_table(args, robustness, runs)]
-    tables = [table for table in tables if table["rows"]]
+    tables = [table for table in [*tables, choices_table(args.choices)] if table["rows"]]
     for table in tables:
         print(f"\n{table['title']}\n" + " | ".join(table["columns"]))
         for row in table["rows"]:
@@ -115,6 +115,23 @@ def batch_table(args: argparse.Namespace, robustness: RobustnessReport, runs: li
     note = "Cosine dissimilarity of pixels; the paper used other photographs and its own cartoons."
     columns = ["batch size", "images seen", "steps", "here", "paper"]
     return {"title": "Batch size at equal images seen", "columns": columns, "rows": rows, "note": note}
+
+
+def choices_table(folders: list[Path]) -> dict[str, Any]:
+    """What trials with `--held-out` measured, one row a run; the settings that differ between them are columns."""
+    names = ("gan_loss", "lambda_l1", "receptive_field", "discriminator_learning_rate", "dropout")
+    rows, figures, count, epochs = [], (), 0, 0
+    for folder in folders:
+        trial = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+        table, runs = trial["tables"][0], {run["run"]: run for run in trial["runs"]}
+        figures, count = table["columns"][2:], trial["details"]["robustness"]["images"]
+        for row in table["rows"]:
+            if row[0] in runs:
+                epochs, settings = runs[row[0]]["epochs"], [runs[row[0]][name] for name in names]
+                rows.append([*("" if value is None else value for value in settings), *row[2:]])
+    note = f"{epochs} epochs; measured on {count} training photographs that were held out, not on the test split."
+    columns = ["loss", "weight of L1", "receptive field", "discriminator's rate", "dropout", *figures]
+    return {"title": "How the settings were chosen", "columns": columns, "rows": rows, "note": note}
 
 
 def findings(table: dict[str, Any], first: str) -> list[str]:
