@@ -5,6 +5,8 @@ docstring is the text of `--help`, examples included. It has two static methods:
 `run(arguments) -> dict`, whose result `--json` writes and whose `"text"` the terminal shows. `run` raises
 `ValueError`, `OSError` or `ImportError` with one clear sentence where the user can mend something; `main` turns that
 into exit code 2, and names of arguments in backticks into what was typed (`` `overwrite=True` `` into `--overwrite`).
+Where only part of the work could be done, the result of `run` says so in one sentence under `"incomplete"`: the rest
+is written and shown as ever, the sentence goes to standard error, and the exit code is 3.
 Every subcommand has `--json FILE` and `--quiet`. Standard output belongs to the result: whatever a library prints
 while the command runs goes to standard error.
 """
@@ -58,7 +60,8 @@ examples:
   hf-efficient push ./sparse-llava user/sparse-llava --private
 
 `hf-efficient COMMAND --help` shows the options of a command. Exit code 2 means wrong input, with one sentence that
-says what to change; set HF_EFFICIENT_TRACEBACK=1 to see the traceback as well.
+says what to change (set HF_EFFICIENT_TRACEBACK=1 to see the traceback as well); 3 that part of the work is done and
+written, with one sentence that names the rest; 130 that it was interrupted.
 """
 
 
@@ -87,7 +90,8 @@ def main(argv: list[str] | None = None) -> int:
         argv (`list[str]`, *optional*): Arguments; default: those of the process.
 
     Returns:
-        `int`: Exit code: 0, 2 on wrong input, 130 when interrupted. `--help` and wrong options end by `SystemExit`.
+        `int`: Exit code: 0, 2 on wrong input, 3 when part of the work is done, 130 when interrupted. `--help` and
+        wrong options end by `SystemExit`.
     """
     argv = sys.argv[1:] if argv is None else argv
     chosen = argv[0] if argv and argv[0] in _COMMANDS else None
@@ -100,6 +104,7 @@ def main(argv: list[str] | None = None) -> int:
         with _output(arguments.quiet):
             _import_package().register()
             report = command.run(arguments)
+        incomplete = report.pop("incomplete", None)
         _write_report(report, arguments)
     except KeyboardInterrupt:
         sys.stderr.write("hf-efficient: interrupted\n")
@@ -109,6 +114,9 @@ def main(argv: list[str] | None = None) -> int:
             raise
         sys.stderr.write(f"hf-efficient{' ' + chosen if chosen else ''}: error: {describe(error, typed)}\n")
         return 2
+    if incomplete:
+        sys.stderr.write(f"hf-efficient {chosen}: incomplete: {' '.join(incomplete.split())}\n")
+        return 3
     return 0
 
 

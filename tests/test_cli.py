@@ -52,7 +52,8 @@ def toy(monkeypatch):
                 logging.get_logger("hf_efficient.somewhere").warning("of ours")
             if arguments.mode in errors:
                 raise errors[arguments.mode]
-            return {"answer": 42, "text": "The answer is 42."}
+            result = {"answer": 42, "text": "The answer is 42."}
+            return result | ({"incomplete": "1 of 2 answers is missing."} if arguments.mode == "part" else {})
 
     monkeypatch.setitem(cli._COMMANDS, "toy", ("cli", "Toy", "a toy"))
     monkeypatch.setattr(cli, "Toy", Toy, raising=False)
@@ -112,6 +113,15 @@ def test_a_mistake_is_one_sentence_and_exit_code_2(toy, capsys, mode, sentence, 
     captured = capsys.readouterr()
     assert captured.err == sentence
     assert captured.out == ""
+
+
+def test_a_partial_result_is_written_and_told_apart_from_wrong_input(toy, capsys, tmp_path):
+    file = tmp_path / "out.json"
+    assert cli.main(["toy", "part", "--json", str(file)]) == 3
+    captured = capsys.readouterr()
+    assert captured.out == "The answer is 42.\n"
+    assert captured.err == "hf-efficient toy: incomplete: 1 of 2 answers is missing.\n"
+    assert json.loads(file.read_text()) == {"answer": 42}
 
 
 def test_standard_output_holds_the_result_alone(toy, capsys):

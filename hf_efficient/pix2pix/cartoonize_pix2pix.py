@@ -1,5 +1,6 @@
 """Photographs to cartoons in three ways and six strengths: the data of "cGANs for Cartoon to Real-life Images"."""
 
+import os
 from collections.abc import Callable
 from importlib import import_module
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
+from .figures_pix2pix import read_picture
 from .image_processing_pix2pix import deep_to_grey
 
 
@@ -29,18 +31,19 @@ def cartoonize(image: Any, *, method: str = "bilateral", strength: int = 3) -> A
     ```
 
     Args:
-        image (`PIL.Image.Image`, `np.ndarray`, or a list of them): An image of any mode, or an array of shape
-            `(height, width)` or `(height, width, 1, 3 or 4)`, `uint8` or float in `[0, 1]`. A fourth channel is alpha
-            and is kept.
+        image (`PIL.Image.Image`, `np.ndarray`, `str`, `os.PathLike`, or a list of them): An image of any mode, an
+            array of shape `(height, width)` or `(height, width, 1, 3 or 4)`, `uint8` or float in `[0, 1]`, or the path
+            of a picture. A fourth channel is alpha and is kept.
         method (`str`, defaults to `"bilateral"`): `"bilateral"`, `"palette"` or `"mean_shift"`.
         strength (`int`, defaults to 3): 0 (the image itself) to 5.
 
     Returns:
-        The cartoon, of the type, size and number format of `image`; palettes become RGB, EXIF rotation is applied.
+        The cartoon, of the type, size and number format of `image` (a PIL image for a path); palettes become RGB, EXIF
+        rotation is applied.
 
     Raises:
-        ValueError: If `method`, `strength` or the array is not one of these.
-        TypeError: If `image` is neither image nor array.
+        ValueError: If `method`, `strength` or the array is not one of these, or a file is no picture.
+        TypeError: If `image` is neither image, array nor path.
         ImportError: If OpenCV is missing.
     """
     if method not in METHODS:
@@ -49,11 +52,13 @@ def cartoonize(image: Any, *, method: str = "bilateral", strength: int = 3) -> A
         raise ValueError(f"`strength` must be a whole number from 0 to {MAX_STRENGTH}, got {strength!r}.")
     if isinstance(image, (list, tuple)):
         return [cartoonize(one, method=method, strength=strength) for one in image]
+    if isinstance(image, (str, os.PathLike)):
+        image = read_picture(image)
     if isinstance(image, Image.Image):
         return _cartoonize_image(image, method, int(strength))
     if isinstance(image, np.ndarray):
         return _cartoonize_array(image, method, int(strength))
-    raise TypeError(f"`image` must be a PIL image or an array, got {type(image).__name__}.")
+    raise TypeError(f"`image` must be a PIL image, an array or the path of a picture, got {type(image).__name__}.")
 
 
 def _cartoonize_image(image: Image.Image, method: str, strength: int) -> Image.Image:

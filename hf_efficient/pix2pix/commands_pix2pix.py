@@ -1,6 +1,7 @@
 """The Pix2Pix subcommands of `hf-efficient`."""
 
 import argparse
+import logging
 import os
 from collections import Counter
 from collections.abc import Iterator
@@ -9,16 +10,21 @@ from typing import Any
 
 
 _ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+_WITH_ALPHA = (".png", ".webp", ".tif", ".tiff")
+logger = logging.getLogger(__name__)
 
 
 class Cartoonize:
     """Turn the photographs of a folder into cartoons.
 
     SOURCE is a picture or a folder of pictures, subfolders included. Each cartoon gets the name of its photograph, as
-    PNG, in DEST; a file that is no picture is named at the end and stops nothing.
+    PNG, in the folder DEST; for one picture DEST may also name the file to write, such as cartoon.jpg. Transparency is
+    kept where the format has it. Files of a folder that end like no picture are passed over in one line; a picture
+    that cannot be read is named at the end and stops nothing: exit code 3.
 
     Examples:
       hf-efficient cartoonize ./photos ./cartoons
+      hf-efficient cartoonize photo.jpg cartoon.png
       hf-efficient cartoonize ./photos ./cartoons --method palette --strength 5
     """
 
@@ -26,7 +32,7 @@ class Cartoonize:
     def add_arguments(parser: argparse.ArgumentParser) -> None:
         """Add the arguments of `cartoonize` to `parser`."""
         parser.add_argument("source", metavar="SOURCE", help="picture or folder of pictures")
-        parser.add_argument("dest", metavar="DEST", help="folder to write")
+        parser.add_argument("dest", metavar="DEST", help="folder to write; for one picture also a file")
         parser.add_argument(
             "--method", default="bilateral", help="bilateral, palette or mean_shift (default: bilateral)"
         )
@@ -59,12 +65,15 @@ class Translate:
     """Translate pictures with an image-to-image model, such as cartoons to photographs.
 
     MODEL is a Hub id or a folder. SOURCE is a picture or a folder of pictures of any sizes, subfolders included. Each
-    result has the size of its picture and its name, as PNG, in DEST; a file that is no picture is named at the end and
-    stops nothing.
+    result has the size of its picture and its name, as PNG, in the folder DEST; for one picture DEST may also name the
+    file to write, such as photo.jpg. The model sees what is transparent over white, and the result gets the alpha
+    channel of its picture back where the format has one. Files of a folder that end like no picture are passed over in
+    one line; a picture that cannot be read is named at the end and stops nothing: exit code 3, and --json lists it
+    with the reason under "failed", the results under "files".
 
     Examples:
       hf-efficient translate ./model_cards/pix2pix-cartoon2photo ./cartoons ./photos
-      hf-efficient translate user/pix2pix-cartoon2photo cartoon.png . --batch-size 4
+      hf-efficient translate user/pix2pix-cartoon2photo cartoon.png photo.png
     """
 
     @staticmethod
@@ -72,7 +81,7 @@ class Translate:
         """Add the arguments of `translate` to `parser`."""
         parser.add_argument("model", metavar="MODEL", help="Hub id or folder of an image-to-image model")
         parser.add_argument("source", metavar="SOURCE", help="picture or folder of pictures")
-        parser.add_argument("dest", metavar="DEST", help="folder to write")
+        parser.add_argument("dest", metavar="DEST", help="folder to write; for one picture also a file")
         parser.add_argument("--batch-size", type=int, default=1, metavar="N", help="pictures at a time (default: 1)")
         parser.add_argument("--device", help="such as cpu or cuda:0 (default: the first accelerator)")
 
@@ -84,7 +93,7 @@ class Translate:
         if arguments.batch_size < 1:
             raise ValueError(f"--batch-size must be at least 1, got {arguments.batch_size}.")
         _find_pictures(Path(arguments.source), results=Path(arguments.dest))  # before the model is loaded
-        _check_folder("DEST", Path(arguments.dest))
+        _is_file(Path(arguments.source), Path(arguments.dest))
         translate = _load_pipeline(arguments.model, arguments.device)
 
         def outputs(files: list[Path]) -> Iterator[Any]:
@@ -104,7 +113,8 @@ class Robustness:
 
     MODEL is a Hub id or a folder, or several as NAME=FOLDER for the matrix of models and cartoonizers. DATA is a
     folder of photographs or a parquet file with an image column. Writes a page that opens from disk (index.html), its
-    figures (robustness.json), a plot and sample sheets.
+    figures (robustness.json), a plot and sample sheets. A photograph of a folder that cannot be read is named at the
+    end and stops nothing: exit code 3.
 
     Examples:
       hf-efficient robustness ./model_cards/pix2pix-cartoon2photo ./photos --output ./robustness
@@ -139,7 +149,7 @@ class Robustness:
     def run(arguments: argparse.Namespace) -> dict[str, Any]:
         """Measure, write the report and show its table."""
         from .cartoonize_pix2pix import METHODS
-        from .robustness_pix2pix import evaluate_robustness
+        from .robustness_pix2pix import check_grid, evaluate_robustness
 
         names = list(arguments.model)
         data = arguments.data or (names.pop() if len(names) > 1 else None)
@@ -156,6 +166,7 @@ class Robustness:
         for name in ("methods", "severities"):
             if getattr(arguments, name):
                 settings[name] = getattr(arguments, name)
+        check_grid(**{name: settings[name] for name in ("methods", "severities") if name in settings})
         trained_on = dict(_named(entry) for entry in arguments.trained_on or ())
         unknown = sorted(trained_on.keys() - models.keys())
         if unknown:
@@ -163,7 +174,8 @@ class Robustness:
         for method in trained_on.values():
             if method not in METHODS:
                 raise ValueError(f"--trained-on must name a cartoonizer ({', '.join(METHODS)}), got {method!r}.")
-        photos = _load_photos(Path(data), arguments.image_column)
+        failed: list[dict[str, str]] = []
+        photos = _load_photos(Path(data), arguments.image_column, failed)
         report = evaluate_robustness(
             {name: _load_pipeline(model) for name, model in models.items()},
             photos,
@@ -173,11 +185,15 @@ class Robustness:
             **settings,
         )
         page = report.save(arguments.output)
-        return {
+        result = {
             **report.to_dict(),
             "page": str(page),
+            "failed": failed,
             "text": f"{report}\n\n{page}: the report, with plots and samples.",
         }
+        if failed:
+            result["incomplete"] = f"{report.images} photographs were measured; unreadable: {_listed(failed)}"
+        return result
 
 
 class ConvertPix2Pix:
@@ -238,44 +254,109 @@ def _load_pipeline(model: str, device: str | None = None) -> Any:
         raise ValueError(f"MODEL {model} {kind}{other} ({reason}).") from error
 
 
-def _find_pictures(source: Path, name: str = "SOURCE", results: Path | None = None) -> list[Path]:
-    """The pictures to read: those of an earlier run, in the folder `results` inside `source`, are none of them."""
+def _find_pictures(source: Path, name: str = "SOURCE", results: Path | None = None) -> tuple[list[Path], list[Path]]:
+    """The pictures to read and the other files there, both without those of an earlier run, in `results`."""
     if source.is_file():
-        return [source]
+        return [source], []
     if not source.is_dir():
         raise FileNotFoundError(f"{name} {source} is neither a picture nor a folder.")
-    files = sorted(path for path in source.rglob("*") if path.suffix.lower() in _ENDINGS and path.is_file())
+    files = sorted(path for path in source.rglob("*") if path.is_file() and not path.name.startswith("."))
     if results is not None and results.resolve() != source.resolve():
         files = [path for path in files if results.resolve() not in path.resolve().parents]
-    if not files:
+    pictures = [path for path in files if path.suffix.lower() in _ENDINGS]
+    if not pictures:
         raise FileNotFoundError(f"{name} {source} holds no picture ({', '.join(_ENDINGS)}).")
-    return files
+    return pictures, [path for path in files if path.suffix.lower() not in _ENDINGS]
+
+
+def _say_skipped(source: Path, skipped: list[Path]) -> None:
+    if skipped:
+        names = [str(path.relative_to(source)) for path in skipped[:3]]
+        names += [f"{len(skipped) - 3} more"] if len(skipped) > 3 else []
+        what = "1 file" if len(skipped) == 1 else f"{len(skipped)} files"
+        logger.warning(f"Passed over {what} of {source}, not of the kinds {', '.join(_ENDINGS)}: {', '.join(names)}")
 
 
 def _write_all(
     arguments: argparse.Namespace, outputs: Any, noun: str, reasons: dict[int, str] | None = None
 ) -> dict[str, Any]:
-    """Write each output under its picture's name; complain about unreadable files at the end."""
+    """Write each output under its picture's name; list unreadable files beside them."""
     from transformers.utils import logging
 
     from .figures_pix2pix import save_picture
 
     source, dest = Path(arguments.source), Path(arguments.dest)
-    files = _find_pictures(source, results=dest)
-    _check_folder("DEST", dest)
-    targets = _targets(files, source if source.is_dir() else source.parent, dest)
+    files, skipped = _find_pictures(source, results=dest)
+    single = _is_file(source, dest)
+    targets = _targets(files, source if source.is_dir() else source.parent, dest, single)
+    _say_skipped(source, skipped)
     written, failed = [], {}
     for number, output in enumerate(logging.tqdm(outputs(files), total=len(files), desc=noun.capitalize())):
         if isinstance(output, _Failed):
-            failed[number] = f"{files[number]}: {output.reason}"
+            failed[number] = output.reason
         else:
-            written.append(str(save_picture(output, targets[number])))
+            picture = _with_alpha(output, files[number], targets[number])
+            written.append(str(save_picture(picture, targets[number])))
     failed.update(reasons or {})
-    if failed:
-        listed = "; ".join(failed.values())
-        raise ValueError(f"{len(written)} of {len(files)} pictures were written to {dest}; unreadable: {listed}")
+    unreadable = [
+        {"file": str(files[number]), "reason": reason.removeprefix(f"{files[number]}: ")}
+        for number, reason in sorted(failed.items())
+    ]
+    if not written:
+        raise ValueError(f"None of {len(files)} pictures could be read: {_listed(unreadable)}")
     plural = noun if len(written) == 1 else f"{noun}s"
-    return {"files": written, "text": f"Wrote {len(written)} {plural} to {dest}."}
+    report = {
+        "files": written,
+        "failed": unreadable,
+        "skipped": [str(path) for path in skipped],
+        "text": f"Wrote {len(written)} {plural} to {dest}.",
+    }
+    if failed:
+        done = f"{len(written)} of {len(files)} pictures were written to {dest}"
+        report["incomplete"] = f"{done}; unreadable: {_listed(unreadable)}"
+    return report
+
+
+def _listed(failed: list[dict[str, str]]) -> str:
+    return "; ".join(f"{entry['file']}: {entry['reason']}" for entry in failed)
+
+
+def _with_alpha(output: Any, path: Path, target: Path) -> Any:
+    """Give a result the alpha channel of its picture, or say that the format of its file has none."""
+    from PIL import Image, ImageOps
+
+    from .image_processing_pix2pix import to_rgb
+
+    alpha = None
+    with Image.open(path) as picture:
+        if picture.has_transparency_data and not picture.mode.startswith(("I", "F")):  # the pipeline ignores these
+            alpha = ImageOps.exif_transpose(picture).convert("RGBA").getchannel("A")
+    if alpha is not None and alpha.getextrema()[0] == 255:
+        alpha = None
+    if target.suffix.lower() not in _WITH_ALPHA:
+        if alpha is not None:
+            logger.warning(f"{target} cannot hold the transparency of {path}: it was laid over white")
+        return output if output.mode in ("RGB", "L") else to_rgb(output)
+    if alpha is not None and not output.has_transparency_data:
+        output = output.copy()
+        output.putalpha(alpha.resize(output.size) if alpha.size != output.size else alpha)
+    return output
+
+
+def _is_file(source: Path, dest: Path) -> bool:
+    """Whether DEST names the one file to write; refuse what cannot be written before the work starts."""
+    from PIL import Image
+
+    ending = dest.suffix.lower()
+    if dest.is_dir() or ending not in Image.registered_extensions():
+        _check_folder("DEST", dest)
+        return False
+    if not source.is_file():
+        raise ValueError(f"DEST {dest} ends like a picture, but SOURCE {source} is a folder; name a folder.")
+    if ending not in _ENDINGS:
+        raise ValueError(f"DEST {dest} must end in one of {', '.join(_ENDINGS)}, or name a folder.")
+    _check_folder("DEST", dest.parent)
+    return True
 
 
 def _check_folder(name: str, folder: Path) -> None:
@@ -288,8 +369,8 @@ def _check_folder(name: str, folder: Path) -> None:
         raise ValueError(f"{name} {folder} cannot be made: {above} {why}; name another folder.")
 
 
-def _targets(files: list[Path], root: Path, dest: Path) -> list[Path]:
-    targets = [dest / path.relative_to(root).with_suffix(".png") for path in files]
+def _targets(files: list[Path], root: Path, dest: Path, single: bool) -> list[Path]:
+    targets = [dest if single else dest / path.relative_to(root).with_suffix(".png") for path in files]
     uses = Counter(targets)
     for path, target in zip(files, targets):
         if uses[target] > 1:
@@ -304,7 +385,8 @@ def _named(entry: str) -> tuple[str, str]:
     return (name, value) if sign and not Path(entry).exists() else ("model", entry)
 
 
-def _load_photos(data: Path, column: str) -> Any:
+def _load_photos(data: Path, column: str, failed: list[dict[str, str]]) -> Any:
+    """Rows of photographs; what cannot be read of a folder is noted in `failed` as the rows are read."""
     import datasets
 
     from .figures_pix2pix import read_picture
@@ -317,13 +399,18 @@ def _load_photos(data: Path, column: str) -> Any:
         if column not in table.column_names:
             raise ValueError(f"--column must be one of {', '.join(table.column_names)}, got {column!r}.")
         return table.cast_column(column, datasets.Image())
-    files = _find_pictures(data, "DATA")
+    files, skipped = _find_pictures(data, "DATA")
+    _say_skipped(data, skipped)
 
     def photos() -> Iterator[dict[str, Any]]:
         for path in files:
             try:
-                yield {column: read_picture(path)}
+                photo = read_picture(path)
             except ValueError as error:
-                raise ValueError(f"DATA holds {path}, which is no picture that can be read: remove it.") from error
+                failed.append({"file": str(path), "reason": str(error).removeprefix(f"{path} is ")})
+                continue
+            yield {column: photo}
+        if len(failed) == len(files):
+            raise ValueError(f"DATA {data} holds no picture that can be read: {_listed(failed)}")
 
     return photos()

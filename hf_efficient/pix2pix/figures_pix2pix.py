@@ -71,7 +71,7 @@ def read_picture(path: str | os.PathLike) -> Image.Image:
     except UnidentifiedImageError as error:
         raise ValueError(f"{path} is no picture") from error
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path} is no readable picture: {error}") from error
+        raise ValueError(f"{path} is no readable picture: {getattr(error, 'strerror', None) or error}") from error
 
 
 def save_picture(picture: Image.Image, path: str | os.PathLike) -> Path:

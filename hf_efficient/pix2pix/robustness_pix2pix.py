@@ -218,13 +218,13 @@ def evaluate_robustness(
             unknown, `limit` or `batch_size` is below 1, or a model changes the size of its input.
         ImportError: If torchmetrics, or timm for `features` by file, is missing.
     """
-    _check_grid(methods, severities)
+    check_grid(methods, severities)
     for argument, value in (("batch_size", batch_size), ("limit", limit)):
         if value is not None and value < 1:
             raise ValueError(f"`{argument}` must be at least 1, got {value}.")
+    name, network = _feature_network(features)  # a wrong file shows before the photographs are read
     photos = _read_photos(dataset, image_column, limit)
     pipes = _make_pipes(model)
-    name, network = _feature_network(features)
     meter = _Meter(photos, network, dict(extra_metrics or {}), batch_size, seed)
     report = RobustnessReport([], len(photos), name, dict(trained_on or {}))
     grid = [(method, severity) for method in methods for severity in severities]
@@ -240,7 +240,7 @@ def evaluate_robustness(
             progress.update()
         for label, images in outputs.items():
             report.rows.append({"model": label, "method": method, "severity": severity, **meter(images)})
-            columns.setdefault(f"{method}, {label}", []).append(images[:num_samples])
+            columns.setdefault((method, label), []).append(images[:num_samples])
     progress.close()
     order = list(outputs)
     report.rows.sort(key=lambda row: order.index(row["model"]))
@@ -248,7 +248,16 @@ def evaluate_robustness(
     return report
 
 
-def _check_grid(methods: Sequence[str], severities: Sequence[int]) -> None:
+def check_grid(methods: Sequence[str] = METHODS, severities: Sequence[int] = (0,)) -> None:
+    """Refuse cartoonizers and strengths that there are not.
+
+    Args:
+        methods (`Sequence[str]`): Cartoonizers.
+        severities (`Sequence[int]`): Strengths.
+
+    Raises:
+        ValueError: If one is unknown, or there is none.
+    """
     unknown = [method for method in methods if method not in METHODS]
     if unknown or not methods:
         raise ValueError(f"`methods` must name some of {', '.join(METHODS)}, got {list(methods)}.")
@@ -396,7 +405,9 @@ class _Meter:
             values["ssim"].append(float(functional.image.structural_similarity_index_measure(*pair, data_range=1.0)))
             flat = (output.flatten()[None], photo.flatten()[None])
             cosine = functional.cosine_similarity(*(x.double() for x in flat), reduction="mean")
-            values["pixel_dissimilarity"].append(1 - float(cosine))
+            distance = 1 - float(cosine)
+            same = distance < 0 or (torch.equal(output, photo) and math.isfinite(distance))  # rounding: some 1e-8
+            values["pixel_dissimilarity"].append(0.0 if same else distance)
         figures = {}
         for name, numbers in values.items():  # identical images have no PSNR, a black one has no angle
             finite = [number for number in numbers if math.isfinite(number)]
@@ -447,14 +458,22 @@ def _to_tensor(image: Image.Image) -> Tensor:
 
 
 def _sample_sheets(
-    columns: dict[str, list[list[Image.Image]]], photos: list[Image.Image], severities: Sequence[int]
+    columns: dict[tuple[str, str], list[list[Image.Image]]], photos: list[Image.Image], severities: Sequence[int]
 ) -> dict[str, Image.Image]:
-    """Draw one sheet for each cartoonizer and model: severities from left to right, the photograph last."""
+    """Draw one sheet for each cartoonizer and model: the cartoons of each photograph, and what became of them below.
+
+    Severities run from left to right, the photograph stands last.
+    """
     if not photos:
         return {}
     sheet = import_module(".figures_pix2pix", __package__).sample_sheet
     titles = [*(f"severity {severity}" for severity in severities), "photograph"]
-    return {
-        title: sheet([[*row, photo] for row, photo in zip(zip(*by_severity), photos)], titles)
-        for title, by_severity in columns.items()
-    }
+    sheets = {}
+    for (method, label), by_severity in columns.items():
+        if label == IDENTITY:
+            continue
+        pairs = zip(zip(*columns[method, IDENTITY]), zip(*by_severity), photos)
+        rows = [[*images, photo] for cartoons, outputs, photo in pairs for images in (cartoons, outputs)]
+        words = [f"{method} cartoon", f"translated by {label}"] * len(photos)
+        sheets[f"{method}, {label}"] = sheet(rows, titles, row_titles=words)
+    return sheets

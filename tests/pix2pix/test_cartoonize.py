@@ -105,6 +105,17 @@ def test_type_size_and_alpha_stay(photo, method):
     assert [out.size for out in cartoonize([photo, photo.resize((9, 9))], method=method)] == [(128, 128), (9, 9)]
 
 
+def test_a_path_is_a_picture(photo, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    photo.resize((40, 30)).rotate(90, expand=True).save(tmp_path / "turned.png", exif=exif)
+    expected = cartoonize(photo.resize((40, 30)))
+    for path in (tmp_path / "turned.png", str(tmp_path / "turned.png")):
+        assert cartoonize(path).tobytes() == expected.tobytes()
+    upright = cartoonize(tmp_path / "turned.png", strength=0)
+    assert np.array_equal(upright, photo.resize((40, 30)))
+
+
 def test_maps_over_a_data_set(photo):
     table = datasets.Dataset.from_dict({"image": [photo, photo.rotate(90)]})
     mapped = table.map(lambda row: {"cartoon": cartoonize(row["image"], method="palette")})
@@ -132,8 +143,10 @@ def test_a_wrong_call_is_named(photo, monkeypatch):
     for strength in (-1, 6, 2.5, True, "3"):
         with pytest.raises(ValueError, match=rf"whole number from 0 to 5, got {strength!r}"):
             cartoonize(photo, strength=strength)
-    with pytest.raises(TypeError, match="got str"):
-        cartoonize("photo.png")
+    with pytest.raises(TypeError, match="an array or the path of a picture, got int"):
+        cartoonize(3)
+    with pytest.raises(ValueError, match=r"^nowhere\.png is no readable picture: No such file or directory$"):
+        cartoonize("nowhere.png")
     with pytest.raises(ValueError, match=r"the shape \(4, 4, 2\)"):
         cartoonize(np.zeros((4, 4, 2), np.uint8))
     with pytest.raises(ValueError, match=r"lie in \[0, 1\], got \[0.0, 2.0\]"):

@@ -1,6 +1,8 @@
 """`hf-efficient cartoonize`, `translate`, `robustness` and `convert-pix2pix`: results and errors."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -71,12 +73,104 @@ def test_a_broken_picture_is_named_and_stops_nothing(tmp_path, picture_folder, c
     (picture_folder / "0a.png").write_text("no picture")
     out = tmp_path / "out"
     arguments = [checkpoint] if command == "translate" else []
-    assert main([command, *arguments, str(picture_folder), str(out), "--quiet"]) == 2
+    file = tmp_path / "result.json"
+    assert main([command, *arguments, str(picture_folder), str(out), "--quiet", "--json", str(file)]) == 3
     error = capsys.readouterr().err
-    assert "0a.png" in error
-    assert "3 of 4 pictures were written" in error
-    assert "Traceback" not in error
+    assert error.startswith(f"hf-efficient {command}: incomplete: 3 of 4 pictures were written to {out}; unreadable: ")
+    assert error.count("\n") == 1
     assert sorted(path.name for path in out.iterdir()) == ["0.png", "1.png", "2.png"]
+    result = json.loads(file.read_text())
+    assert result["files"] == [str(out / f"{number}.png") for number in range(3)]
+    assert [entry["file"] for entry in result["failed"]] == [str(picture_folder / "0a.png")]
+    assert "picture" in result["failed"][0]["reason"] or "image" in result["failed"][0]["reason"]
+
+
+@pytest.mark.parametrize("command", ["cartoonize", "translate"])
+def test_where_nothing_can_be_read_the_input_is_wrong(tmp_path, checkpoint, capsys, command):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.png").write_text("no picture")
+    arguments = [checkpoint] if command == "translate" else []
+    assert main([command, *arguments, str(tmp_path / "in"), str(tmp_path / "out"), "--quiet"]) == 2
+    assert "None of 1 pictures could be read: " in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_other_files_of_a_folder_are_passed_over_in_one_line(tmp_path, picture_folder, picture, capsys, caplog):
+    for name in ("a.txt", "b.csv", "c.md"):
+        (picture_folder / name).write_text("words")
+    (picture_folder / ".hidden").write_text("words")
+    (picture_folder / "more").mkdir()
+    picture(12, 12).save(picture_folder / "more" / "d.gif")
+    arguments = ["cartoonize", str(picture_folder), str(tmp_path / "out"), "--json", "-"]
+    assert main(arguments) == 0
+    assert len(json.loads(capsys.readouterr().out)["skipped"]) == 4
+    (line,) = caplog.messages
+    assert line.startswith(f"Passed over 4 files of {picture_folder}, not of the kinds .png, .jpg")
+    assert line.endswith(": a.txt, b.csv, c.md, 1 more")
+    caplog.clear()
+    assert main([*arguments, "--quiet"]) == 0
+    assert not caplog.messages
+    command = [sys.executable, "-m", "hf_efficient.cli", *arguments]  # where nothing listens it goes to the terminal
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+    assert done.stderr.count(line + "\n") == 1
+
+
+@pytest.mark.parametrize("command", ["cartoonize", "translate"])
+def test_one_picture_goes_into_the_file_that_is_named(tmp_path, picture_folder, checkpoint, capsys, command):
+    arguments = [command, checkpoint] if command == "translate" else [command]
+    source = str(picture_folder / "1.png")
+    for name, kind in (("out.png", "PNG"), ("new/out.JPG", "JPEG"), ("out.png", "PNG")):
+        assert main([*arguments, source, str(tmp_path / name), "--quiet"]) == 0
+        with Image.open(tmp_path / name) as written:
+            assert (written.format, written.size) == (kind, (13, 21))
+    (tmp_path / "folder.png").mkdir()
+    assert main([*arguments, source, str(tmp_path / "folder.png"), "--quiet"]) == 0
+    assert (tmp_path / "folder.png" / "1.png").is_file()
+    before = Path(source).read_bytes()
+    for wrong, dest, message in (
+        (str(picture_folder), tmp_path / "all.png", "ends like a picture, but SOURCE"),
+        (source, tmp_path / "out.gif", "must end in one of .png, .jpg"),
+        (source, Path(source), "would be replaced by its own result"),
+    ):
+        assert main([*arguments, wrong, str(dest), "--quiet"]) == 2
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "all.png").exists()
+    assert Path(source).read_bytes() == before
+
+
+@pytest.mark.parametrize("command", ["cartoonize", "translate"])
+def test_transparency_stays_where_the_format_has_it(tmp_path, picture, checkpoint, caplog, command):
+    alpha = Image.linear_gradient("L").resize((14, 20))
+    photo = picture(20, 14).convert("RGBA")
+    photo.putalpha(alpha)
+    photo.save(tmp_path / "photo.png")
+    arguments = [command, checkpoint] if command == "translate" else [command]
+    for name in ("out.png", "out.webp"):
+        assert main([*arguments, str(tmp_path / "photo.png"), str(tmp_path / name), "--quiet"]) == 0
+        with Image.open(tmp_path / name) as written:
+            assert np.array_equal(written.convert("RGBA").getchannel("A"), alpha)
+    assert main([*arguments, str(tmp_path / "photo.png"), str(tmp_path / "out.jpg")]) == 0
+    (line,) = caplog.messages
+    assert line.startswith(f"{tmp_path / 'out.jpg'} cannot hold the transparency of")
+    caplog.clear()
+    opaque = picture(20, 14).convert("RGBA")
+    opaque.save(tmp_path / "opaque.png")
+    assert main([*arguments, str(tmp_path / "opaque.png"), str(tmp_path / "out.jpg")]) == 0
+    assert not caplog.messages
+
+
+def test_robustness_passes_over_a_broken_photograph(tmp_path, picture_folder, checkpoint, capsys):
+    pytest.importorskip("torchmetrics")
+    (picture_folder / "2.png").unlink()
+    (picture_folder / "0a.png").write_text("no picture")
+    settings = ["--methods", "palette", "--severities", "0", "--output", str(tmp_path / "out"), "--quiet"]
+    assert main(["robustness", checkpoint, str(picture_folder), *settings, "--json", str(tmp_path / "r.json")]) == 3
+    error = capsys.readouterr().err
+    assert "incomplete: 2 photographs were measured; unreadable: " in error
+    assert f"{picture_folder / '0a.png'}: no picture" in error
+    result = json.loads((tmp_path / "r.json").read_text())
+    assert (result["images"], len(result["failed"])) == (2, 1)
+    assert (tmp_path / "out" / "index.html").is_file()
 
 
 def test_robustness_writes_a_report(tmp_path, picture_folder, checkpoint, picture):
@@ -125,7 +219,9 @@ def test_wrong_input_gets_one_sentence_and_exit_code_2(tmp_path, picture_folder,
         (["translate", "no/where", photos, out], "MODEL no/where is no folder here and no Hub id"),
         (["robustness", "no/where", photos], "MODEL no/where is no folder here and no Hub id"),
         (["robustness", checkpoint, "nowhere"], "DATA nowhere is neither a picture nor a folder"),
-        (["robustness", checkpoint, file], f"DATA holds {file}, which is no picture"),
+        (["robustness", checkpoint, file], f"DATA {file} holds no picture that can be read: {file}: no picture"),
+        (["robustness", "no/where", "nowhere", "--severities", "9"], "--severities must be whole numbers from 0 to 5"),
+        (["robustness", checkpoint, photos, "--features", "no.pt"], "--features must be a file with the weights"),
         (["robustness", checkpoint, str(tmp_path / "rows.parquet")], "is no parquet file that can be read"),
         (["robustness", checkpoint, photos, "--limit", "0"], "--limit must be at least 1, got 0"),
         (["robustness", checkpoint, photos, "--batch-size", "-1"], "--batch-size must be at least 1, got -1"),

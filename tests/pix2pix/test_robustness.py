@@ -99,8 +99,28 @@ def test_severity_zero_is_the_photograph_and_more_severity_is_worse(report):
     for method in report.methods:
         assert 0 not in report.curve(IDENTITY, method, "psnr")  # no error: there is no such figure
         assert report.curve(IDENTITY, method, "ssim")[0] == pytest.approx(1)
-        assert report.curve(IDENTITY, method, "pixel_dissimilarity")[0] == pytest.approx(0, abs=1e-7)
+        assert report.curve(IDENTITY, method, "pixel_dissimilarity")[0] == 0  # exactly, and printed so
         assert report.curve(IDENTITY, method, "psnr")[2] > report.curve(IDENTITY, method, "psnr")[5]
+
+
+def test_a_sheet_shows_the_cartoons_that_went_in_above_what_came_out(report):
+    assert sorted(report.samples) == sorted(f"{m}, {name}" for m in report.methods for name in ("small", "echo"))
+    sheet, photo = np.asarray(report.samples["palette, echo"]), report.photos[0]["image"]
+    width, height, severities = *photo.size, (0, 2, 5)
+
+    def cell(row: int, column: int) -> np.ndarray:
+        top, left = 18 + 4 + row * (height + 18 + 4), 4 + column * (width + 4)
+        return sheet[top : top + height, left : left + width]
+
+    for column, severity in enumerate(severities):
+        cartoon = cartoonize(photo, method="palette", strength=severity)
+        assert np.array_equal(cell(0, column), cartoon)
+        assert np.array_equal(cell(1, column), cartoon)  # this model gives it back
+    assert np.array_equal(cell(1, 3), photo)
+    other = np.asarray(report.samples["palette, small"])
+    assert other.shape == sheet.shape  # two rows for each of two photographs
+    assert np.array_equal(other[22 : 22 + height], sheet[22 : 22 + height])
+    assert not np.array_equal(other[44 + height : 44 + 2 * height], sheet[44 + height : 44 + 2 * height])
 
 
 def test_the_matrix_averages_cartoons_and_the_gap_starts_at_the_photograph(report):
@@ -170,13 +190,13 @@ def test_the_report_is_written(report, tmp_path):
     names = {path.name for path in page.parent.iterdir()}
     assert {"index.html", "robustness.json", "robustness.png"} <= names
     assert not [name for name in names if name.startswith(".")]
-    assert sum(name.startswith("samples_") for name in names) == 9
+    assert sum(name.startswith("samples_") for name in names) == 6
     data = json.loads((page.parent / "robustness.json").read_text())
     assert data == json.loads(json.dumps(report.to_dict()))
     text = page.read_text()
     assert "A &lt;title&gt;" in text
     assert not re.search(r'(src|href)="(?!data:)', text)  # needs no other file
-    assert text.count("<img ") == 9
+    assert text.count("<img ") == 6
     assert text.count('<svg viewBox="0 0 360 236"') == 5
     assert 'class="home"' in text
     ticks = re.findall(r'text-anchor="end">([^<]+)<', text)
