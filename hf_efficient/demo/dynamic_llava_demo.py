@@ -193,7 +193,7 @@ def _show(found: dict[str, Any], judges: bool, unknown: list[str]) -> str:
         ("words of the answer kept", "text_tokens"),
         ("bytes of the KV cache", "kv_bytes"),
         ("multiply-adds of the prefill", "prefill_flops"),
-        ("prefill, milliseconds", "prefill_ms"),
+        ("prefill, ms", "prefill_ms"),
     )
     halves = {"prefill_flops": 2}  # the counter counts a multiply-add as two operations
     rows = []

@@ -185,7 +185,7 @@ class KDFSDemo:
             ["parameters", *(sum(p.numel() for p in network.parameters()) for network in both)],
         ]
         for size, seconds in self._timing.items():
-            rows.append([f"milliseconds, batch {size}", 1e3 * seconds["dense"], 1e3 * seconds["pruned"]])
+            rows.append([f"ms, batch {size}", 1e3 * seconds["dense"], 1e3 * seconds["pruned"]])
         return [[*row, f"{row[2] / row[1]:.2f}"] for row in rows]
 
     def _guess(self, pair: Pair, picture: Image.Image) -> list[str]:
@@ -208,7 +208,7 @@ class KDFSDemo:
             cards.append(
                 f"<div><h3>{title}</h3>{table(['class', '', 'probability'], rows, {1: shares.tolist()})}</div>"
             )
-        return [f'<div class="cards" id="hfe-top5">{"".join(cards)}</div>']
+        return [f'<div class="guesses" id="hfe-top5">{"".join(cards)}</div>']
 
 
 class _Watch(TrainerCallback):

@@ -104,7 +104,8 @@ def _answer_in_words(gradio: Any, function: Callable, outputs: int) -> Callable:
 
 def _picture_input(gradio: Any) -> Any:
     """An upload that hands over the file as it is, so that a wrong one is answered by us and not by Gradio."""
-    picture = gradio.Image(type="filepath", sources=["upload", "clipboard"], label="Picture", height=260)
+    looks = {"label": "Picture", "height": 260, "elem_classes": "hfe-shown"}
+    picture = gradio.Image(type="filepath", sources=["upload", "clipboard"], **looks)
     picture.preprocess = lambda payload: None if payload is None else payload.path
     return picture
 
@@ -149,7 +150,7 @@ def _llava_tab(gradio: Any, demo: DynamicLlavaDemo) -> None:
     as_trained.input(lambda trained: gradio.update(visible=not trained), as_trained, word_rate, show_progress="hidden")
     inputs = [name, picture, question, image_rate, as_trained, word_rate]
     ask = _answer_in_words(gradio, demo.ask, 1)
-    gradio.on([button.click, question.submit], ask, inputs, [message, result], api_name=False)
+    gradio.on([button.click, question.submit], ask, inputs, [message, result], show_progress_on=result, api_name=False)
 
 
 def _toe_tab(gradio: Any, demo: ToEDemo, photos: list[list[str]]) -> None:
@@ -165,7 +166,7 @@ def _toe_tab(gradio: Any, demo: ToEDemo, photos: list[list[str]]) -> None:
     if photos:
         gradio.Examples(photos, [picture], label="Examples", cache_examples=False)
     show = _answer_in_words(gradio, demo.show, 1)
-    button.click(show, [picture, preset], [message, result], api_name=False)
+    button.click(show, [picture, preset], [message, result], show_progress_on=result, api_name=False)
 
 
 def _kdfs_tab(gradio: Any, demo: KDFSDemo, photos: list[list[str]], folder: Path) -> None:
@@ -190,8 +191,10 @@ def _kdfs_tab(gradio: Any, demo: KDFSDemo, photos: list[list[str]], folder: Path
     if examples:
         gradio.Examples(examples, [picture], label="Examples", cache_examples=False)
     if digits:
-        start.click(_answer_in_words(gradio, train, 1), [], [message, result], api_name=False)
-    button.click(_answer_in_words(gradio, demo.compare, 1), [picture], [message, result], api_name=False)
+        begin = _answer_in_words(gradio, train, 1)
+        start.click(begin, [], [message, result], show_progress_on=result, api_name=False)
+    compare = _answer_in_words(gradio, demo.compare, 1)
+    button.click(compare, [picture], [message, result], show_progress_on=result, api_name=False)
 
 
 def _pix2pix_tab(gradio: Any, demo: Pix2PixDemo, photos: list[list[str]]) -> None:
@@ -210,13 +213,14 @@ def _pix2pix_tab(gradio: Any, demo: Pix2PixDemo, photos: list[list[str]]) -> Non
             message = gradio.HTML(elem_id="pix2pix-message")
             with gradio.Row():
                 shown = {"interactive": False, "format": "png", "buttons": ["download", "fullscreen"]}
+                shown |= {"height": 300, "min_width": 220, "elem_classes": "hfe-shown"}
                 cartoon = gradio.Image(label="Cartoon", elem_id="cartoon", **shown)
                 photo = gradio.Image(label="Translated", elem_id="photo", visible=demo.checkpoint is not None, **shown)
             result = gradio.HTML(elem_id="pix2pix-result")
     if photos:
         gradio.Examples(photos, [picture], label="Examples", cache_examples=False)
-    run = _answer_in_words(gradio, demo.run, 3)
-    button.click(run, [picture, method, strength], [message, cartoon, photo, result], api_name=False)
+    run, outputs = _answer_in_words(gradio, demo.run, 3), [message, cartoon, photo, result]
+    button.click(run, [picture, method, strength], outputs, show_progress_on=result, api_name=False)
 
 
 __all__ = ["MAX_BYTES", "STYLE", "build_demo", "make_theme"]

@@ -4,6 +4,7 @@ import base64
 import html
 import io
 import math
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -139,11 +140,19 @@ STYLE = """
 .hfe .answer { font-size: 1.08rem; margin: .3rem 0 .8rem; overflow-wrap: anywhere; }
 .hfe .gone { opacity: .55; text-decoration: line-through; }
 .hfe .scroll { overflow-x: auto; }
+.hfe .scroll :is(table, thead, tbody, tr) { border: 0; }
 .hfe .scroll table { border-collapse: collapse; font-variant-numeric: tabular-nums; width: 100%; margin: .6rem 0; }
 .hfe .scroll th, .hfe .scroll td { padding: .3rem .6rem; text-align: right; border: 0;
   border-bottom: 1px solid var(--border-color-primary); }
-.hfe .scroll th { font-weight: 600; } .hfe .scroll :is(th, td):first-child { text-align: left; }
-.hfe .scroll td.bar { width: 38%; min-width: 7rem; }
+.hfe .scroll th { font-weight: 600; }
+.hfe .scroll :is(th, td):first-child { text-align: left; padding-left: 0; }
+.hfe .scroll :is(th, td):last-child { padding-right: 0; }
+.hfe .scroll td.bar { width: 38%; min-width: 2.5rem; }
+.hfe .guesses { display: flex; flex-wrap: wrap; gap: 1rem; } .hfe .guesses > * { flex: 1 1 15rem; min-width: 0; }
+.hfe .guesses > :first-child { flex: 0 1 9rem; } .hfe .guesses h3 { margin-top: 0; }
+.hfe .guesses :is(th, td) { padding: .3rem; }
+@media (max-width: 480px) { .hfe .scroll table { font-size: .8rem; } .hfe .scroll :is(th, td) { padding: .3rem; } }
+.hfe-shown img { width: 100% !important; height: 100% !important; object-fit: contain; }
 .hfe .bar span { display: block; position: relative; height: .8rem; border-radius: 2px;
   background: var(--border-color-primary); }
 .hfe .bar i { position: absolute; inset: 0 auto 0 0; border-radius: 2px; background: var(--color-accent); }
@@ -198,7 +207,7 @@ def figure(picture: Image.Image, alt: str, caption: str) -> str:
 
 
 def table(columns: list[str], rows: list[list[Any]], bars: dict[int, list[float]] | None = None) -> str:
-    """Set a table; the first column is words, the others are numbers.
+    """Set a table; the first column is words, which may break after a point, the others are numbers.
 
     Args:
         columns (`list[str]`): Headings.
@@ -218,12 +227,17 @@ def table(columns: list[str], rows: list[list[Any]], bars: dict[int, list[float]
                 width = 100 * min(1.0, max(0.0, bars[column][number]))
                 cells.append(f'<td class="bar"><span><i style="width:{width:.1f}%"></i></span></td>')
             else:
-                cells.append(f"<td>{html.escape(format_number(value))}</td>")
+                cells.append(f"<td>{_escape_cell(format_number(value), column == 0)}</td>")
         body.append(f"<tr>{''.join(cells)}</tr>")
     return (
         f'<div class="scroll" tabindex="0"><table><thead><tr>{head}</tr></thead><tbody>{"".join(body)}</tbody>'
         "</table></div>"
     )
+
+
+def _escape_cell(text: str, breaks: bool) -> str:
+    """Escape; names of modules get places where a narrow page may break them."""
+    return re.sub(r"\.(?=\w)", ".<wbr>", html.escape(text)) if breaks else html.escape(text)
 
 
 def format_number(value: Any) -> str:

@@ -103,7 +103,7 @@ class ToEDemo:
                 "Kept patches are outlined and bright. Dimmed ones are merged into the kept patch most like them, so "
                 "their content is averaged in, not thrown away."
             ),
-            table(["", "patches trained on", "new in this stage", "multiply-adds of a step"], rows),
+            table(["", "patches trained on", "new in this stage", "share of multiply-adds"], rows),
             paragraph(
                 f"For this model the schedule allows a training {bound:.2f} times as fast at equal epochs, by its "
                 f"multiply-adds; that is calculated, nothing was trained here. It sees {side} x {side} pixels, the "
