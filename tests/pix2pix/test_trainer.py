@@ -528,8 +528,9 @@ def test_rows_of_a_stream_and_of_a_collator_of_ones_own_are_not_looked_at(tmp_pa
     assert run.train().global_step == 2
 
 
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="with an accelerator memory is pinned")
 def test_a_cpu_pins_no_memory(tmp_path):
-    run = trainer(tmp_path, max_steps=1)
+    run = trainer(tmp_path, max_steps=1, use_cpu=False)
     assert run.args.dataloader_pin_memory is False
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*pin_memory")
