@@ -183,7 +183,7 @@ def make_results(
         "usage": USAGE,
         "tables": tables,
         "pictures": [
-            {"file": "samples.png", "caption": "test photographs: severities 0 to 5, translated; the photograph last"},
+            {"file": "samples.png", "caption": "test photographs: cartoons of severity 0 to 5, below them translated"},
             {"file": "robustness.png", "caption": "every figure by severity, model and cartoonizer"},
         ],
         "metrics": metrics,
