@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import ModelOutput
 
-from .configuration_pix2pix import Pix2PixConfig
+from .configuration_pix2pix import NORMS, Pix2PixConfig
 
 
 RECEPTIVE_FIELDS = {1: 0, 16: 1, 34: 2, 70: 3, 142: 4, 286: 5}  # pixels seen by one output -> strided convolutions
@@ -240,7 +240,9 @@ class Pix2PixResNet(nn.Module):
 
 
 def _reflect(x: Tensor, width: int) -> Tensor:
-    return F.pad(x, (width, width, width, width), mode="reflect")
+    """Reflect `width` pixels at each border of `(batch, channels, height, width)`; smaller maps repeat their edge."""
+    mode = "reflect" if min(x.shape[2:]) > width else "replicate"
+    return F.pad(x, (width, width, width, width), mode=mode)
 
 
 class Pix2PixModel(PreTrainedModel):
@@ -424,7 +426,7 @@ class Pix2PixDiscriminator(nn.Module):
         norm (`str`, defaults to `"instance"`): `"instance"`, `"batch"` or `"none"`.
 
     Raises:
-        ValueError: If `receptive_field` is none of the six.
+        ValueError: If `receptive_field` is none of the six, `norm` none of the three, or a number of channels below 1.
     """
 
     def __init__(
@@ -434,6 +436,11 @@ class Pix2PixDiscriminator(nn.Module):
         if receptive_field not in RECEPTIVE_FIELDS:
             allowed = ", ".join(str(size) for size in RECEPTIVE_FIELDS)
             raise ValueError(f"`receptive_field` must be one of {allowed} pixels, got {receptive_field}.")
+        if norm not in NORMS:
+            raise ValueError(f"`norm` must be one of {', '.join(NORMS)}, got {norm!r}.")
+        for name, value in (("num_channels", num_channels), ("base_channels", base_channels)):
+            if value < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {value}.")
         self.receptive_field, self.norm = receptive_field, norm
         bias, halvings, width = norm != "batch", RECEPTIVE_FIELDS[receptive_field], base_channels
         if halvings == 0:

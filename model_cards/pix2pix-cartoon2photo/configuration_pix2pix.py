@@ -6,11 +6,13 @@ from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
+from transformers.utils import logging
 
 
 GENERATORS = {"unet": None, "resnet_6blocks": 6, "resnet_9blocks": 9}  # name -> residual blocks
 NORMS = ("instance", "batch", "none")
 INFERENCE_STATS = ("running", "batch")
+logger = logging.get_logger(__name__)
 _LIKENESS = 0.85  # of two names, by difflib: `num_level` is a misspelling, `num_labels` is not
 
 
@@ -56,7 +58,8 @@ class Pix2PixConfig(PreTrainedConfig):
         inference_dropout (`bool`, defaults to `False`): Keep dropout on at inference, as the paper does for noise.
         num_channels (`int`, defaults to 3): Channels of the source image, 1 or 3.
         num_output_channels (`int`, *optional*): Channels of the generated image; `num_channels` where left out.
-        image_size (`int`, defaults to 256): Side in pixels of the training images. Inference takes any size.
+        image_size (`int`, defaults to 256): Side in pixels of the training images, at least 2 (ResNets: 4). Inference
+            takes any size.
         **kwargs: As in [`PreTrainedConfig`]; other names are kept as attributes.
 
     Raises:
@@ -90,6 +93,9 @@ class Pix2PixConfig(PreTrainedConfig):
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "Pix2PixConfig":
         """Build a configuration from the fields of a `config.json`.
 
+        A name in the file that looks like a misspelt field is passed over with a warning, not refused: who loads a
+        checkpoint did not write it.
+
         Args:
             config_dict (`dict`): Its fields.
             **kwargs: As in [`~PreTrainedConfig.from_dict`].
@@ -98,26 +104,40 @@ class Pix2PixConfig(PreTrainedConfig):
             [`Pix2PixConfig`]: The configuration.
 
         Raises:
-            ValueError: If the file belongs to a model of another type, or a name looks like a misspelt field.
+            ValueError: If the file belongs to a model of another type, a field is outside its range, or a name in
+                `kwargs` looks like a misspelt field.
         """
         cls._refuse_misspelt(kwargs)
         found = config_dict.get("model_type", cls.model_type)
         if found != cls.model_type:
             raise ValueError(f"A generator's `model_type` must be {cls.model_type!r}, this checkpoint has {found!r}.")
-        return super().from_dict(config_dict, **kwargs)
+        misspelt = cls._misspelt(config_dict)
+        for name, meant in misspelt.items():
+            logger.warning(
+                f"`{name}` in the checkpoint's configuration is no field of Pix2PixConfig and is passed over; where "
+                f"`{meant}` is meant, spell it so in the file."
+            )
+        fields = {name: value for name, value in config_dict.items() if name not in misspelt}
+        loaded = super().from_dict(fields, **kwargs)
+        config = loaded[0] if isinstance(loaded, tuple) else loaded
+        config._check_choices()  # `kwargs` are set behind the checks of the constructor
+        config._check_ranges()
+        return loaded
+
+    @classmethod
+    def _misspelt(cls, names: Iterable[str]) -> dict[str, str]:
+        """Names that the base class would keep without a word, and the field of ours that each seems to mean."""
+        own = [name for name in Pix2PixConfig.__annotations__ if not name.startswith("_")]
+        others = [name for name in names if name not in own and not hasattr(PreTrainedConfig, name)]
+        meant = {name: get_close_matches(name.lower(), own, 1, _LIKENESS) for name in others}
+        return {name: found[0] for name, found in meant.items() if found}
 
     @classmethod
     def _refuse_misspelt(cls, names: Iterable[str]) -> None:
-        """Refuse names that the base class would keep without a word where a field of ours is meant."""
-        own = [name for name in Pix2PixConfig.__annotations__ if not name.startswith("_")]
-        for name in names:
-            if name in own or hasattr(PreTrainedConfig, name):
-                continue
-            meant = get_close_matches(name.lower(), own, 1, _LIKENESS)
-            if meant:
-                raise ValueError(
-                    f"`{name}` is no field of Pix2PixConfig; `{meant[0]}` is: spell it so, or leave `{name}` out."
-                )
+        for name, meant in cls._misspelt(names).items():
+            raise ValueError(
+                f"`{name}` is no field of Pix2PixConfig; `{meant}` is: spell it so, or leave `{name}` out."
+            )
 
     def _check_choices(self) -> None:
         for name, allowed in (
@@ -129,14 +149,16 @@ class Pix2PixConfig(PreTrainedConfig):
                 raise ValueError(f"`{name}` must be one of {', '.join(allowed)}, got {getattr(self, name)!r}.")
 
     def _check_ranges(self) -> None:
-        for name in ("num_levels", "base_channels", "image_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+        for name, least in (("num_levels", 1), ("base_channels", 1), ("image_size", 2)):
+            if getattr(self, name) < least:
+                raise ValueError(f"`{name}` must be at least {least}, got {getattr(self, name)}.")
         for name in ("num_channels", "num_output_channels"):
             if getattr(self, name) not in (1, 3):
                 raise ValueError(f"`{name}` must be 1 (grey) or 3 (RGB), got {getattr(self, name)}.")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"`dropout` must lie in [0, 1), got {self.dropout}.")
+        if self.generator != "unet" and self.image_size < self.size_divisor:
+            raise ValueError(f"`image_size` must be at least 4 for a ResNet generator, got {self.image_size}.")
         if self.size_divisor > self.image_size:
             deepest = self.image_size.bit_length() - 1
             raise ValueError(

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from torch import nn
+from transformers import AutoConfig
 
 from hf_efficient import Pix2PixConfig, Pix2PixDiscriminator, Pix2PixModel
 from hf_efficient.pix2pix.modeling_pix2pix import Pix2PixUpConv
@@ -46,6 +47,15 @@ def test_a_resnet_keeps_the_size(generator, blocks):
     assert len(model.network.blocks) == blocks
     with torch.no_grad():
         assert model(random_images(1, 3, 20, 28)).reconstruction.shape == (1, 3, 20, 28)
+
+
+@pytest.mark.parametrize("size", [(4, 4), (4, 20), (8, 4)])
+def test_a_resnet_takes_images_of_four_pixels(size):
+    model = Pix2PixModel(Pix2PixConfig(generator="resnet_6blocks", base_channels=2, image_size=4)).eval()
+    with torch.no_grad():
+        answer = model(random_images(2, 3, *size)).reconstruction
+    assert answer.shape == (2, 3, *size)
+    assert answer.isfinite().all()
 
 
 def test_the_default_is_the_networks_of_the_paper():
@@ -170,6 +180,8 @@ def test_source_and_target_of_unequal_channels():
         ({"generator": "vit"}, r"`generator` must be one of unet.*got 'vit'"),
         ({"inference_stats": "frozen"}, r"`inference_stats` must be one of running, batch, got 'frozen'"),
         ({"dropout": 1.0}, r"`dropout` must lie in \[0, 1\), got 1.0"),
+        ({"image_size": 1}, r"`image_size` must be at least 2, got 1"),
+        ({"generator": "resnet_6blocks", "image_size": 2}, r"`image_size` must be at least 4 for a ResNet.*got 2"),
         ({"num_channels": 4}, r"`num_channels` must be 1 \(grey\) or 3 \(RGB\), got 4"),
         ({"num_level": 6}, r"`num_level` is no field of Pix2PixConfig; `num_levels` is"),
         ({"inference_dropuot": True}, r"`inference_dropout` is: spell it so, or leave `inference_dropuot` out"),
@@ -180,7 +192,7 @@ def test_a_wrong_configuration_is_named(fields, message):
         Pix2PixConfig(**fields)
 
 
-def test_a_misspelt_field_is_named_and_foreign_ones_load(tmp_path, tiny_config):
+def test_a_misspelt_field_is_named_and_foreign_files_load(tmp_path, tiny_config, caplog):
     tiny_config.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="`base_channel` is no field"):
         Pix2PixConfig.from_pretrained(tmp_path, base_channel=8)
@@ -189,9 +201,27 @@ def test_a_misspelt_field_is_named_and_foreign_ones_load(tmp_path, tiny_config):
     file.write_text(json.dumps(json.loads(file.read_text()) | foreign))
     config = Pix2PixConfig.from_pretrained(tmp_path)
     assert (config.num_labels, config.hub_note, config.num_levels) == (3, "", 3)
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"dropouts": 0.1}))
-    with pytest.raises(ValueError, match="`dropouts` is no field of Pix2PixConfig; `dropout` is"):
-        Pix2PixConfig.from_pretrained(tmp_path)
+    assert not caplog.messages
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"dropouts": 0.1, "img_size": 8}))
+    config = Pix2PixConfig.from_pretrained(tmp_path)  # who loads a file did not write it
+    assert config.to_dict() == Pix2PixConfig.from_dict(config.to_dict()).to_dict()
+    assert not hasattr(config, "dropouts")
+    assert [line.split()[0] for line in caplog.messages] == ["`dropouts`", "`img_size`"]
+    assert caplog.messages[0].endswith("is passed over; where `dropout` is meant, spell it so in the file.")
+
+
+def test_a_setting_of_ones_own_is_checked_when_a_checkpoint_is_loaded(tmp_path, tiny_config):
+    tiny_config.save_pretrained(tmp_path)
+    for fields, message in (
+        ({"inference_stats": "frozen"}, "`inference_stats` must be one of running, batch, got 'frozen'"),
+        ({"num_levels": 9}, "`num_levels=9` .* at most 4 levels"),
+        ({"dropout": 1.5}, "`dropout` must lie in .*, got 1.5"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Pix2PixConfig.from_pretrained(tmp_path, **fields)
+        with pytest.raises(ValueError, match=message):
+            AutoConfig.from_pretrained(tmp_path, return_unused_kwargs=True, **fields)
+    assert Pix2PixConfig.from_pretrained(tmp_path, inference_stats="batch").inference_stats == "batch"
 
 
 def test_a_wrong_input_is_named(tiny_model):
@@ -203,6 +233,11 @@ def test_a_wrong_input_is_named(tiny_model):
         tiny_model(torch.zeros(1, 3, 16, 16), labels=torch.zeros(1, 3, 8, 8))
     with pytest.raises(ValueError, match=r"1, 16, 34, 70, 142, 286 pixels, got 71"):
         Pix2PixDiscriminator(71)
+    with pytest.raises(ValueError, match="`norm` must be one of instance, batch, none, got 'layer'"):
+        Pix2PixDiscriminator(16, norm="layer")
+    for name in ("num_channels", "base_channels"):
+        with pytest.raises(ValueError, match=f"`{name}` must be at least 1, got 0"):
+            Pix2PixDiscriminator(16, **{name: 0})
     with pytest.raises(ValueError, match=r"`receptive_field=70` needs images of at least 24 pixels, got 16x32"):
         Pix2PixDiscriminator(70, base_channels=1)(torch.zeros(1, 3, 16, 32), torch.zeros(1, 3, 16, 32))
 
