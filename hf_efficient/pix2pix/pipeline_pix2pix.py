@@ -170,7 +170,7 @@ class ImageToImagePipeline(Pipeline):
         outputs, targets = [None] * len(pixels), [None] * len(pixels)
         for (_, height, width), rows in groups.items():
             batch = torch.stack([pixels[row] for row in rows]).to(self.model.dtype)
-            images = getattr(self.model(pixel_values=batch), "reconstruction", None)
+            images = getattr(self.model(pixel_values=batch, return_dict=True), "reconstruction", None)
             if images is None:
                 raise ValueError(
                     f"`model` must be an image-to-image model, but {type(self.model).__name__} gives no image back."

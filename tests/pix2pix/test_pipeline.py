@@ -73,6 +73,23 @@ def test_every_mode_of_image_comes_back_in_its_size(pipe, picture):
         assert (answer.size, answer.mode) == (image.size, "RGB"), mode
 
 
+def test_a_turned_photograph_comes_back_upright(pipe, tmp_path, picture):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture(11, 18).save(tmp_path / "turned.png", exif=exif)
+    upright = picture(11, 18).rotate(270, expand=True)
+    for kind in (tmp_path / "turned.png", Image.open(tmp_path / "turned.png")):
+        answer = pipe(kind)
+        assert answer.size == (11, 18)
+        same([answer], [pipe(upright)])
+
+
+def test_a_model_that_returns_tuples_is_asked_for_more(pipe, picture):
+    expected = pipe(picture())
+    pipe.model.config.return_dict = False  # as for an export to ONNX
+    same([pipe(picture())], [expected])
+
+
 def test_transparent_pixels_are_laid_over_white(pipe, picture):
     see_through = picture(11, 18).convert("RGBA")
     see_through.putalpha(Image.linear_gradient("L").resize(see_through.size))
