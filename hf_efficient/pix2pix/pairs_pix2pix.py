@@ -41,8 +41,9 @@ class ImagePairs(Dataset):
         seed (`int`, defaults to 0): Seed of the augmentation.
 
     Raises:
-        ValueError: If a column is missing, a setting is outside its range, `source_column` and `method` are both
-            given, or, when a row is read, its two images have unequal sizes.
+        ValueError: If `rows` is a stream or empty, a column is missing, a setting is outside its range,
+            `source_column` and `method` are both given, or, when a row is read, an image is missing or unreadable or
+            its two images have unequal sizes.
     """
 
     def __init__(
@@ -60,6 +61,11 @@ class ImagePairs(Dataset):
         num_output_channels: int = 3,
         seed: int = 0,
     ) -> None:
+        if not (hasattr(rows, "__len__") and hasattr(rows, "__getitem__")):
+            raise ValueError(
+                f"`rows` must be a data set that knows its length, got {type(rows).__name__}: load it without "
+                "streaming, or hand in a list of its rows."
+            )
         if len(rows) == 0:
             raise ValueError("`rows` must hold at least one pair, got none.")
         names = list(getattr(rows, "column_names", None) or rows[0])

@@ -13,6 +13,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from importlib import import_module
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +83,7 @@ class Pix2PixTrainingArguments(TrainingArguments):
         if self.gan_loss not in GAN_LOSSES:
             raise ValueError(f"`gan_loss` must be one of {', '.join(GAN_LOSSES)}, got {self.gan_loss!r}.")
         for name in ("lambda_l1", "pool_size", "preview_steps"):
-            if getattr(self, name) < 0:
+            if not getattr(self, name) >= 0:  # also NaN
                 raise ValueError(f"`{name}` must be at least 0, got {getattr(self, name)}.")
         if not 0 <= self.decay_start <= 1:
             raise ValueError(f"`decay_start` must lie in [0, 1], got {self.decay_start}.")
@@ -114,7 +115,7 @@ class Pix2PixTrainer(PushesNoPickles, Trainer):
             Without `compute_metrics` an evaluation measures PSNR and SSIM (torchmetrics).
 
     Raises:
-        TypeError: If `args` are plain [`TrainingArguments`].
+        TypeError: If `model` is no [`Pix2PixModel`], or `args` are plain [`TrainingArguments`].
         ValueError: If `discriminator` takes another number of channels than source and target have together, or the
             first row of a data set lacks an image or has one of another shape than the generator takes; while
             training, if the images of a pair differ in size, or a checkpoint holds other networks.
@@ -131,6 +132,8 @@ class Pix2PixTrainer(PushesNoPickles, Trainer):
         discriminator: Pix2PixDiscriminator | None = None,
         **kwargs: Any,
     ) -> None:
+        if getattr(getattr(model, "config", None), "model_type", None) != Pix2PixModel.config_class.model_type:
+            raise TypeError(f"`model` must be a Pix2PixModel, got {type(model).__name__}.")
         if not isinstance(args, Pix2PixTrainingArguments):
             raise TypeError(f"`args` must be Pix2PixTrainingArguments, got {type(args).__name__}.")
         if kwargs.get("compute_metrics") is None:
@@ -236,7 +239,8 @@ class Pix2PixTrainer(PushesNoPickles, Trainer):
         output = None
         if self.args.gan_loss != "none":
             with torch.set_grad_enabled(count == 1), self.compute_loss_context_manager():
-                output = (model if count == 1 else self.model)(inputs["pixel_values"]).reconstruction
+                network = model if count == 1 else self.model
+                output = network(inputs["pixel_values"], return_dict=True).reconstruction
             sync = contextlib.nullcontext() if last else self.accelerator.no_sync(self.discriminator_wrapped)
             with sync:
                 self._discriminator_backward(inputs, output.detach(), count)
@@ -276,7 +280,7 @@ class Pix2PixTrainer(PushesNoPickles, Trainer):
 
     def _generator_loss(self, model: nn.Module, inputs: dict[str, Tensor], output: Tensor | None) -> Tensor:
         with self.compute_loss_context_manager():
-            output = model(inputs["pixel_values"]).reconstruction if output is None else output
+            output = model(inputs["pixel_values"], return_dict=True).reconstruction if output is None else output
             distance = F.l1_loss(output.float(), inputs["labels"].float())
             self._sums["loss_l1"].append(distance.detach())
             loss = self.args.lambda_l1 * distance
@@ -336,15 +340,17 @@ class Pix2PixTrainer(PushesNoPickles, Trainer):
         """Draw source, output and target of the first pairs.
 
         Returns:
-            `PIL.Image.Image`: The sheet; pairs come from the evaluation data where there are some.
+            `PIL.Image.Image`: The sheet; pairs come from the evaluation data where there are some, of several data
+            sets from the first.
         """
         data = self.eval_dataset if self.eval_dataset is not None else self.train_dataset
+        data = next(iter(data.values())) if isinstance(data, dict) else data
         training, rows = self.model.training, []
         with self._averaged():
             self.model.eval()
-            for number in range(min(self.args.preview_count, len(data))):
-                pair = self._prepare_inputs({name: data[number][name][None] for name in ("pixel_values", "labels")})
-                output = self.model(pair["pixel_values"].to(self.model.dtype)).reconstruction
+            for row in islice(iter(data), self.args.preview_count):  # also of a stream
+                pair = self._prepare_inputs(self.data_collator([row]))
+                output = self.model(pair["pixel_values"].to(self.model.dtype), return_dict=True).reconstruction
                 images = (pair["pixel_values"], output, pair["labels"])
                 rows.append([to_picture(image[0].float().cpu().numpy()) for image in images])
             self.model.train(training)

@@ -158,6 +158,8 @@ def test_wrong_pairs_are_named(tmp_path, picture):
         ImagePairs(table.cast_column("a", datasets.Image()), "a")[0]
     with pytest.raises(ValueError, match="at least one pair"):
         ImagePairs([], "a")
+    with pytest.raises(ValueError, match="a data set that knows its length, got IterableDataset: load it without"):
+        ImagePairs(table.to_iterable_dataset(), "a")
     with pytest.raises(ValueError, match="got 'sketch' and 3"):
         ImagePairs(rows, "a", method="sketch")
     with pytest.raises(ValueError, match="got 0 and 0"):

@@ -474,6 +474,7 @@ def test_a_wrong_setting_is_named(tmp_path):
     for name, value, message in (
         ("gan_loss", "wgan", "one of vanilla, lsgan, hinge, none, got 'wgan'"),
         ("lambda_l1", -1.0, "`lambda_l1` must be at least 0, got -1.0"),
+        ("lambda_l1", float("nan"), "`lambda_l1` must be at least 0, got nan"),
         ("pool_size", -1, "`pool_size` must be at least 0, got -1"),
         ("decay_start", 1.5, r"`decay_start` must lie in \[0, 1\], got 1.5"),
         ("ema_decay", 1.0, r"`ema_decay` must lie in \[0, 1\), got 1.0"),
