@@ -113,11 +113,9 @@ class ImageToImagePipeline(Pipeline):
 
         Raises:
             ImageToImageError: After all other inputs are translated, if some could not be read.
+            TypeError: If `inputs` is a whole data set of `datasets`, also a stream or one of several splits.
         """
-        if _is_table(inputs):
-            names = inputs.column_names
-            example = f"pipe(table[{names[0]!r}])"
-            raise TypeError(f"A table is no image: hand in one of its columns {names}, as in {example}.")
+        _refuse_table(inputs)
         if isinstance(inputs, (np.ndarray, torch.Tensor)) and inputs.ndim == 4:
             inputs = list(inputs)
         if _is_single(inputs):
@@ -223,8 +221,16 @@ def _is_single(inputs: Any) -> bool:
     return isinstance(inputs, (str, bytes, Path, Image.Image, np.ndarray, torch.Tensor, dict))
 
 
-def _is_table(inputs: Any) -> bool:
-    return hasattr(inputs, "column_names") and not isinstance(inputs, Dataset) and hasattr(inputs, "features")
+def _refuse_table(inputs: Any) -> None:
+    """Ask for a column where a whole data set of `datasets` was handed in."""
+    splits = isinstance(inputs, dict)
+    if not hasattr(inputs, "column_names") or not (splits or hasattr(inputs, "features")):
+        return
+    split, names = next(iter(inputs.column_names.items())) if splits else ("", inputs.column_names)
+    table = f"table[{split!r}]" if splits else "table"
+    named = f" {names}" if names else ""  # a stream may not know them
+    example = f"pipe({table}[{(names or ['image'])[0]!r}])"
+    raise TypeError(f"A table is no image: hand in one of its columns{named}, as in {example}.")
 
 
 def _describe(image: Any) -> str:

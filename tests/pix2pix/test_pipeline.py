@@ -205,6 +205,12 @@ def test_a_wrong_call_is_named(pipe, picture):
     table = datasets.Dataset.from_dict({"photo": ["a.png"]})
     with pytest.raises(TypeError, match=r"\['photo'\], as in pipe\(table\['photo'\]\)"):
         pipe(table)
+    with pytest.raises(TypeError, match=r"\['photo'\], as in pipe\(table\['test'\]\['photo'\]\)"):
+        pipe(datasets.DatasetDict(test=table))
+    with pytest.raises(TypeError, match=r"\['photo'\], as in pipe\(table\['photo'\]\)"):
+        pipe(table.to_iterable_dataset())
+    with pytest.raises(TypeError, match=r"one of its columns, as in pipe\(table\['image'\]\)"):
+        pipe(datasets.IterableDataset.from_generator(lambda: iter([{"image": picture()}])))
     with pytest.raises(TypeError, match="`strength`"):
         pipe(picture(), strength=3)
 
