@@ -34,6 +34,7 @@ from PIL import Image
 from torch import nn
 
 from hf_efficient import ImageToImagePipeline, Pix2PixConfig, Pix2PixDiscriminator, Pix2PixModel
+from hf_efficient.pix2pix.configuration_pix2pix import NORMS
 from hf_efficient.pix2pix.losses_pix2pix import discriminator_loss, generator_loss, score_pairs
 from hf_efficient.pix2pix.modeling_pix2pix import Pix2PixUpConv
 from hf_efficient.results import run_meta, write_whole
@@ -154,10 +155,15 @@ def main() -> None:
     parser.add_argument("--preset", choices=list(PRESETS), default="medium")
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--rounds", type=int, help="how often the arms take turns (default: by preset)")
-    parser.add_argument("--norm", default="instance", help="instance, batch or none")
+    parser.add_argument("--norm", default="instance", choices=NORMS)
     parser.add_argument("--size", type=int, default=256, help="pixels, a multiple of 256")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
+    if args.size < 256 or args.size % 256:
+        parser.error(f"--size must be a multiple of 256, got {args.size}")
+    for option, value in (("--rounds", args.rounds), ("--threads", args.threads)):
+        if value is not None and value < 1:
+            parser.error(f"{option} must be at least 1, got {value}")
     torch.set_num_threads(args.threads)
     torch.set_flush_denormal(True)
     settings = {**PRESETS[args.preset], "norm": args.norm, "size": args.size}

@@ -22,6 +22,9 @@ PROMISED = {
         "prefill_speedup prefill_mac_ratio cached_decode_time_ratio kv_bytes_ratio uncached_decode_speedup "
         "uncached_mac_ratio train_step_ratio flops_7b_dense_T flops_7b_sparse_T flops_13b_dense_T flops_13b_sparse_T"
     ),
+    "pix2pix_benchmark": (
+        "train_step_speedup train_step_share inference_speedup images_per_second pipeline_overhead peak_bytes"
+    ),
 }
 CALCULATED = {
     "dynamic_llava_benchmark": {
