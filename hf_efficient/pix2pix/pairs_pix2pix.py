@@ -87,7 +87,8 @@ class ImagePairs(Dataset):
                 f"{MAX_STRENGTH}, got {method!r} and {strength!r}."
             )
         self.rows, self.target_column, self.source_column = rows, target_column, source_column
-        self.size, self.jitter, self.flip, self.seed, self.epoch = size, jitter, flip, seed, 0
+        self.size, self.jitter, self.flip, self.seed = size, jitter, flip, seed
+        self.epoch = torch.zeros((), dtype=torch.long).share_memory_()  # seen by workers that outlive an epoch
         self.method, self.strength = method, strength
         settings = {"do_resize": True, "do_pad": False, "size": {"height": size + jitter, "width": size + jitter}}
         self.processors = [
@@ -106,7 +107,7 @@ class ImagePairs(Dataset):
         Args:
             epoch (`int`): Number of the epoch, from 0.
         """
-        self.epoch = epoch
+        self.epoch.fill_(epoch)
 
     def images(self, row: int) -> tuple[Image.Image, Image.Image]:
         """Return one pair as it stands in the data.
@@ -144,7 +145,7 @@ class ImagePairs(Dataset):
             processor(image, return_tensors="pt")["pixel_values"][0]
             for processor, image in zip(self.processors, self.images(row))
         ]
-        random = np.random.default_rng([self.seed, self.epoch, row])
+        random = np.random.default_rng([self.seed, int(self.epoch), row])
         top, left = random.integers(0, self.jitter + 1, 2)
         mirrored = self.flip and random.random() < 0.5
         pair = [pixels[:, top : top + self.size, left : left + self.size] for pixels in pair]

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils.data import DataLoader
 
 from hf_efficient import cartoonize
 from hf_efficient.pix2pix.figures_pix2pix import sample_sheet, save_picture
@@ -60,6 +61,15 @@ def test_both_images_are_augmented_alike_and_again_alike(picture):
     assert len({view.numpy().tobytes() for view in views}) > 8
     other = ImagePairs(rows, "photo", "same", size=32, jitter=8, flip=True, seed=2)
     assert any(not torch.equal(other[0]["labels"], view) for view in views[:1])
+
+
+def test_workers_that_outlive_an_epoch_learn_of_the_next(picture):
+    pairs = ImagePairs([{"photo": picture(40, 40)}], "photo", "photo", size=32, jitter=8, flip=True)
+    loader = DataLoader(pairs, batch_size=None, num_workers=1, persistent_workers=True)
+    for epoch in range(3):
+        pairs.set_epoch(epoch)
+        (pair,) = list(loader)
+        assert torch.equal(pair["labels"], pairs[0]["labels"]), epoch
 
 
 def test_grey_sources(picture):

@@ -23,7 +23,7 @@ from hf_efficient import (
     Pix2PixTrainer,
     Pix2PixTrainingArguments,
 )
-from hf_efficient.pix2pix.losses_pix2pix import ImagePool, discriminator_loss, generator_loss, score_pairs
+from hf_efficient.pix2pix.losses_pix2pix import ImagePool, discriminator_loss, generator_loss
 from hf_efficient.pix2pix.pairs_pix2pix import ImagePairs
 
 
@@ -70,31 +70,6 @@ def same(left, right, **tolerance) -> None:
     assert left.keys() == right.keys()
     for name in left:
         torch.testing.assert_close(left[name], right[name], msg=name, **(tolerance or {"atol": 0, "rtol": 0}))
-
-
-def test_the_losses_are_those_of_the_papers():
-    real, fake = torch.randn(2, 1, 3, 3), torch.randn(2, 1, 3, 3)
-    ones, zeros, cross = torch.ones_like(real), torch.zeros_like(real), F.binary_cross_entropy_with_logits
-    cases = {
-        "vanilla": ((cross(real, ones) + cross(fake, zeros)) / 2, cross(fake, ones)),
-        "lsgan": ((F.mse_loss(real, ones) + F.mse_loss(fake, zeros)) / 2, F.mse_loss(fake, ones)),
-        "hinge": (((1 - real).clamp(min=0).mean() + (1 + fake).clamp(min=0).mean()) / 2, -fake.mean()),
-    }
-    for name, (discriminator, generator) in cases.items():
-        torch.testing.assert_close(discriminator_loss(real, fake, name), discriminator)
-        torch.testing.assert_close(generator_loss(fake, name), generator)
-
-
-@pytest.mark.parametrize("norm", ["instance", "batch", "none"])
-def test_real_and_generated_pairs_share_a_pass_only_where_that_is_exact(norm):
-    network = Pix2PixDiscriminator(16, base_channels=4, norm=norm).train()
-    calls = []
-    network.register_forward_hook(lambda *_: calls.append(1))
-    source, real, fake = (torch.randn(2, 3, 16, 16) for _ in range(3))
-    scores = score_pairs(network, source, real, (source, fake))
-    assert len(calls) == (2 if norm == "batch" else 1)
-    for score, target in zip(scores, (real, fake)):
-        torch.testing.assert_close(score, network(source, target), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("gan_loss", ["vanilla", "lsgan", "hinge"])
@@ -203,6 +178,31 @@ def test_l1_alone_leaves_the_discriminator_alone(tmp_path):
     same(weights(discriminator), before)
 
 
+def test_the_discriminator_has_a_learning_rate_of_its_own(tmp_path):
+    model, discriminator = networks()
+    before = weights(model), weights(discriminator)
+    run = trainer(tmp_path, model=model, discriminator=discriminator, discriminator_learning_rate=0.0)
+    run.train()
+    same(weights(discriminator), before[1])
+    assert not torch.equal(weights(model)["network.down.0.weight"], before[0]["network.down.0.weight"])
+
+
+def test_the_discriminator_is_shown_the_pairs_of_the_pool(tmp_path):
+    model, discriminator = networks()
+    run = trainer(tmp_path, model=model, discriminator=discriminator, max_steps=12, pool_size=2, seed=3)
+    made, shown = [], []
+    model.register_forward_hook(lambda _, given, output: made.append((given[0], output.reconstruction.detach())))
+    discriminator.register_forward_pre_hook(lambda _, given: shown.append(given) if len(given[0]) == 2 else None)
+    run.train()
+    pool = ImagePool(2, seed=3)
+    expected = [pool.query(*pair) for pair in made]
+    assert any(not torch.equal(pair[1], given[1]) for pair, given in zip(made, expected))  # not always the latest
+    assert len(shown) == 12
+    for (sources, targets), (source, output) in zip(shown, expected):  # one real and one generated pair
+        assert torch.equal(sources[1:], source)
+        assert torch.equal(targets[1:], output)
+
+
 def test_it_learns(tmp_path):
     model, discriminator = networks()
     run = trainer(
@@ -218,24 +218,6 @@ def test_it_learns(tmp_path):
     logs = [entry for entry in run.state.log_history if "loss_l1" in entry]
     assert logs[-1]["loss_l1"] < 0.7 * logs[0]["loss_l1"]
     assert all({"loss", "loss_gan", "loss_discriminator"} <= entry.keys() for entry in logs)
-
-
-def test_the_pool_hands_out_earlier_pairs():
-    pool, handed = ImagePool(4, seed=1), []
-    for number in range(40):
-        value = torch.full((1, 1, 1, 1), float(number))
-        source, image = pool.query(value, value)
-        assert torch.equal(source, image)  # condition and image stay together
-        handed.append(int(image))
-    assert handed[:4] == [0, 1, 2, 3]
-    earlier = [given for number, given in enumerate(handed) if given < number]
-    assert 8 <= len(earlier) <= 28
-    copy = ImagePool(4)
-    copy.load_state_dict(pool.state_dict())
-    images = torch.randn(12, 1, 1, 1)
-    assert torch.equal(copy.query(images, images)[1], pool.query(images, images)[1])
-    nothing = ImagePool(0)
-    assert nothing.query(images, images)[1] is images
 
 
 class Stop(TrainerCallback):
