@@ -62,9 +62,9 @@ def cartoonize(image: Any, *, method: str = "bilateral", strength: int = 3) -> A
 
 
 def _cartoonize_image(image: Image.Image, method: str, strength: int) -> Image.Image:
+    image = ImageOps.exif_transpose(image)  # a copy
     if strength == 0:
-        return image.copy()
-    image = ImageOps.exif_transpose(image)
+        return image
     has_alpha = image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info
     if image.mode.startswith("I") or image.mode == "F":
         image, has_alpha = Image.fromarray(deep_to_grey(image)), False

@@ -112,8 +112,9 @@ def test_a_path_is_a_picture(photo, tmp_path):
     expected = cartoonize(photo.resize((40, 30)))
     for path in (tmp_path / "turned.png", str(tmp_path / "turned.png")):
         assert cartoonize(path).tobytes() == expected.tobytes()
-    upright = cartoonize(tmp_path / "turned.png", strength=0)
-    assert np.array_equal(upright, photo.resize((40, 30)))
+    for image in (tmp_path / "turned.png", Image.open(tmp_path / "turned.png")):
+        upright = cartoonize(image, strength=0)
+        assert np.array_equal(upright, photo.resize((40, 30)))
 
 
 def test_maps_over_a_data_set(photo):
