@@ -250,12 +250,20 @@ def test_the_smallest_image_gets_one_score(receptive_field):
     assert scores.shape == (1, 1, 1, 1)
 
 
-@pytest.mark.parametrize(("norm", "stats"), [("batch", "running"), ("batch", "batch"), ("instance", "running")])
-def test_onnx_gives_the_answers_of_the_chosen_mode(tmp_path, norm, stats):
+@pytest.mark.parametrize(
+    ("generator", "norm", "stats"),
+    [
+        ("unet", "batch", "running"),
+        ("unet", "batch", "batch"),
+        ("unet", "instance", "running"),
+        ("resnet_6blocks", "batch", "running"),
+    ],
+)
+def test_onnx_gives_the_answers_of_the_chosen_mode(tmp_path, generator, norm, stats):
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
-    config = Pix2PixConfig(num_levels=4, base_channels=4, norm=norm, inference_stats=stats, image_size=16)
-    model = awaken(Pix2PixModel(config)).eval()
+    fields = {"generator": generator, "norm": norm, "inference_stats": stats}
+    model = awaken(Pix2PixModel(Pix2PixConfig(num_levels=4, base_channels=4, image_size=16, **fields))).eval()
     model.config.return_dict = False
     batch = torch.export.Dim("batch", min=1, max=16)
     torch.onnx.export(
