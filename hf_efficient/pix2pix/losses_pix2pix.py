@@ -53,13 +53,13 @@ class ImagePool:
         return {"pairs": [list(pair) for pair in self.pairs], "random": [version, list(numbers), gauss]}
 
     def load_state_dict(self, state: dict[str, Any], device: torch.device | str = "cpu") -> None:
-        """Continue where [`~ImagePool.state_dict`] was taken.
+        """Continue where [`~ImagePool.state_dict`] was taken; a smaller pool keeps the first pairs.
 
         Args:
             state (`dict`): What it returned.
             device (`torch.device` or `str`, defaults to `"cpu"`): Where the pairs are kept.
         """
-        self.pairs = [tuple(image.to(device) for image in pair) for pair in state["pairs"]]
+        self.pairs = [tuple(image.to(device) for image in pair) for pair in state["pairs"][: self.size]]
         version, numbers, gauss = state["random"]
         self.random.setstate((version, tuple(numbers), gauss))
 

@@ -473,8 +473,8 @@ class Pix2PixTrainer(PushesNoPickles, Trainer):
         folder = Path(checkpoint)
         if not (folder / _DISCRIMINATOR).exists():
             raise ValueError(
-                f"{folder} is no checkpoint of a Pix2PixTrainer: {_DISCRIMINATOR} is missing; load its generator with "
-                "from_pretrained and start a new training."
+                f"{folder} is no whole checkpoint of a Pix2PixTrainer: {_DISCRIMINATOR} is missing, as with "
+                "`save_only_model`; load its generator with from_pretrained and start a new training."
             )
         weights, own = load_file(folder / _DISCRIMINATOR), self.discriminator.state_dict()
         if {name: value.shape for name, value in weights.items()} != {name: own[name].shape for name in own}:

@@ -47,5 +47,8 @@ def test_the_pool_hands_out_earlier_pairs():
     copy.load_state_dict(pool.state_dict())
     images = torch.randn(12, 1, 1, 1)
     assert torch.equal(copy.query(images, images)[1], pool.query(images, images)[1])
+    smaller = ImagePool(2)
+    smaller.load_state_dict(pool.state_dict())
+    assert len(smaller.pairs) == 2
     nothing = ImagePool(0)
     assert nothing.query(images, images)[1] is images
