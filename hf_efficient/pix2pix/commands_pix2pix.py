@@ -113,8 +113,8 @@ class Robustness:
 
     MODEL is a Hub id or a folder, or several as NAME=FOLDER for the matrix of models and cartoonizers. DATA is a
     folder of photographs or a parquet file with an image column. Writes a page that opens from disk (index.html), its
-    figures (robustness.json), a plot and sample sheets. A photograph of a folder that cannot be read is named at the
-    end and stops nothing: exit code 3.
+    figures (robustness.json), a plot and sample sheets. A photograph of a folder that cannot be read or has fewer than
+    11 pixels on a side is named at the end and stops nothing: exit code 3.
 
     Examples:
       hf-efficient robustness ./model_cards/pix2pix-cartoon2photo ./photos --output ./robustness
@@ -192,7 +192,7 @@ class Robustness:
             "text": f"{report}\n\n{page}: the report, with plots and samples.",
         }
         if failed:
-            result["incomplete"] = f"{report.images} photographs were measured; unreadable: {_listed(failed)}"
+            result["incomplete"] = f"{report.images} photographs were measured; left out: {_listed(failed)}"
         return result
 
 
@@ -386,10 +386,11 @@ def _named(entry: str) -> tuple[str, str]:
 
 
 def _load_photos(data: Path, column: str, failed: list[dict[str, str]]) -> Any:
-    """Rows of photographs; what cannot be read of a folder is noted in `failed` as the rows are read."""
+    """Rows of photographs; what cannot be measured of a folder is noted in `failed` as the rows are read."""
     import datasets
 
     from .figures_pix2pix import read_picture
+    from .robustness_pix2pix import SMALLEST
 
     if data.suffix == ".parquet" and data.is_file():
         try:
@@ -409,8 +410,12 @@ def _load_photos(data: Path, column: str, failed: list[dict[str, str]]) -> Any:
             except ValueError as error:
                 failed.append({"file": str(path), "reason": str(error).removeprefix(f"{path} is ")})
                 continue
-            yield {column: photo}
+            if min(photo.size) >= SMALLEST:
+                yield {column: photo}
+            else:
+                reason = f"{photo.width}x{photo.height} pixels, at least {SMALLEST} are needed"
+                failed.append({"file": str(path), "reason": reason})
         if len(failed) == len(files):
-            raise ValueError(f"DATA {data} holds no picture that can be read: {_listed(failed)}")
+            raise ValueError(f"DATA {data} holds no picture that can be measured: {_listed(failed)}")
 
     return photos()

@@ -36,7 +36,7 @@ FIGURES: dict[str, tuple[str, bool]] = {
 # mean cosine dissimilarity that the paper reports after training with batch size 1, 8 and 64
 PAPER_PIXEL_DISSIMILARITY = {1: 0.00136, 8: 0.00622, 64: 0.01052}
 IDENTITY = "the cartoon itself"
-_SMALLEST = 11  # pixels: the window of SSIM
+SMALLEST = 11  # pixels: the window of SSIM
 
 
 @dataclass
@@ -290,10 +290,10 @@ def _read_photos(dataset: Iterable[Any], column: str, limit: int | None) -> list
         if not isinstance(image, (Image.Image, np.ndarray)):
             raise ValueError(f"`dataset` must hold images, got {type(image).__name__} in its row {len(photos)}.")
         photos.append(to_rgb(image))
-        if min(photos[-1].size) < _SMALLEST:
+        if min(photos[-1].size) < SMALLEST:
             size = f"{photos[-1].width}x{photos[-1].height}"
             raise ValueError(
-                f"`dataset` must hold images of at least {_SMALLEST} pixels, got {size} in its row {len(photos) - 1}."
+                f"`dataset` must hold images of at least {SMALLEST} pixels, got {size} in its row {len(photos) - 1}."
             )
     if not photos:
         raise ValueError("`dataset` must hold at least one photograph, got none.")

@@ -159,17 +159,17 @@ def test_transparency_stays_where_the_format_has_it(tmp_path, picture, checkpoin
     assert not caplog.messages
 
 
-def test_robustness_passes_over_a_broken_photograph(tmp_path, picture_folder, checkpoint, capsys):
+def test_robustness_passes_over_a_broken_and_a_tiny_photograph(tmp_path, picture_folder, checkpoint, capsys):
     pytest.importorskip("torchmetrics")
-    (picture_folder / "2.png").unlink()
     (picture_folder / "0a.png").write_text("no picture")
     settings = ["--methods", "palette", "--severities", "0", "--output", str(tmp_path / "out"), "--quiet"]
     assert main(["robustness", checkpoint, str(picture_folder), *settings, "--json", str(tmp_path / "r.json")]) == 3
     error = capsys.readouterr().err
-    assert "incomplete: 2 photographs were measured; unreadable: " in error
+    assert "incomplete: 2 photographs were measured; left out: " in error
     assert f"{picture_folder / '0a.png'}: no picture" in error
+    assert f"{picture_folder / '2.png'}: 30x9 pixels, at least 11 are needed" in error
     result = json.loads((tmp_path / "r.json").read_text())
-    assert (result["images"], len(result["failed"])) == (2, 1)
+    assert (result["images"], len(result["failed"])) == (2, 2)
     assert (tmp_path / "out" / "index.html").is_file()
 
 
@@ -219,7 +219,7 @@ def test_wrong_input_gets_one_sentence_and_exit_code_2(tmp_path, picture_folder,
         (["translate", "no/where", photos, out], "MODEL no/where is no folder here and no Hub id"),
         (["robustness", "no/where", photos], "MODEL no/where is no folder here and no Hub id"),
         (["robustness", checkpoint, "nowhere"], "DATA nowhere is neither a picture nor a folder"),
-        (["robustness", checkpoint, file], f"DATA {file} holds no picture that can be read: {file}: no picture"),
+        (["robustness", checkpoint, file], f"DATA {file} holds no picture that can be measured: {file}: no picture"),
         (["robustness", "no/where", "nowhere", "--severities", "9"], "--severities must be whole numbers from 0 to 5"),
         (["robustness", checkpoint, photos, "--features", "no.pt"], "--features must be a file with the weights"),
         (["robustness", checkpoint, str(tmp_path / "rows.parquet")], "is no parquet file that can be read"),
