@@ -51,8 +51,8 @@ class Pix2PixConfig(PreTrainedConfig):
         norm (`str`, defaults to `"instance"`): `"instance"` (statistics of each image alone, no weights: training at
             any batch size and inference compute the same), `"batch"` (the paper's, with weights) or `"none"`.
         dropout (`float`, defaults to 0.5): Drop probability in `[0, 1)` inside the network while training: in those of
-            the U-Net's decoder levels that give 8 times `base_channels`, except the innermost, so in none of a U-Net of
-            fewer than 6 levels; in every residual block of a ResNet.
+            the U-Net's decoder levels that give 8 times `base_channels`, except the innermost, so in no U-Net of fewer
+            than 6 levels; in every residual block of a ResNet.
         inference_stats (`str`, defaults to `"running"`): What batch norm uses at inference: `"running"` averages of
             the training, or `"batch"`: the statistics of the image itself, each image alone, so that an answer never
             depends on its batch mates (the paper's choice at batch size 1). Other norms ignore it.
