@@ -173,8 +173,8 @@ def make_results(
         "summary": f"A U-Net of {args.channels} base channels that turns cartoons of {args.size} pixels into "
         "photographs, trained as a conditional GAN. It takes images of any size.",
         "method": "Photographs were cartoonized (bilateral filter and dark outlines); the network learned the way "
-        "back against a PatchGAN and an L1 loss of weight 100. Loaded through the `image-to-image` task, which "
-        "transformers 5 removed and this checkpoint brings along.",
+        f"back against a PatchGAN and an L1 loss of weight {first['lambda_l1']:g}. Loaded through the "
+        "`image-to-image` task, which transformers 5 removed and this checkpoint brings along.",
         "paper": PIX2PIX,
         "license": "apache-2.0",
         "datasets": [dataset | {"name": f"{count} training and {robustness.images} test {dataset['name']}"}],
@@ -193,7 +193,7 @@ def make_results(
             *findings(tables[0], first["run"]),
             f"Trained at {args.size} pixels on {first['cartoonizer']} cartoons of strength {args.strength} drawn by "
             "this project; the second table tells how it does on others. Cartoons drawn by people were not tried.",
-            "The adversarial loss pays for texture with noise: flat areas such as sky get grain.",
+            "The adversarial loss pays for texture with noise: flat areas such as grass and sky get a faint pattern.",
             "One seed a run: differences of a few hundredths may be chance.",
         ],
         "sample": {"file": "sample.png", "text": ""},
