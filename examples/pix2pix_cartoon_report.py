@@ -7,6 +7,7 @@ import argparse
 import json
 import re
 import shutil
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,7 @@ def report(args: argparse.Namespace, runs: list[dict[str, Any]], photos: Sequenc
     )
     page = robustness.save(args.output / "robustness")
     tables = [own_table(args, robustness, runs), cross_table(robustness), batch_table(args, robustness, runs)]
+    tables[1:1] = [repeats_table(args.repeats, tables[0], runs[0])]
     tables = [table for table in [*tables, choices_table(args.choices)] if table["rows"]]
     for table in tables:
         print(f"\n{table['title']}\n" + " | ".join(table["columns"]))
@@ -117,6 +119,21 @@ def batch_table(args: argparse.Namespace, robustness: RobustnessReport, runs: li
     return {"title": "Batch size at equal images seen", "columns": columns, "rows": rows, "note": note}
 
 
+def repeats_table(folders: list[Path], own: dict[str, Any], first: dict[str, Any]) -> dict[str, Any]:
+    """Mean and standard deviation over seeds of the runs on the first cartoonizer that were repeated."""
+    values = {row[0]: [row[2:]] for row in own["rows"] if row[1] == first["cartoonizer"]}
+    for folder in folders:
+        for row in json.loads((folder / "results.json").read_text(encoding="utf-8"))["tables"][0]["rows"]:
+            values[row[0]].append(row[2:])
+    rows = [
+        [model, *(f"{statistics.mean(column):.4g} ± {statistics.stdev(column):.2g}" for column in zip(*seeds))]
+        for model, seeds in values.items()
+        if model != IDENTITY and len(seeds) == len(folders) + 1 > 1
+    ]
+    note = f"Mean ± standard deviation over {len(folders) + 1} seeds, the first of them in the table above."
+    return {"title": "The same over seeds", "columns": ["model", *own["columns"][2:]], "rows": rows, "note": note}
+
+
 def choices_table(folders: list[Path]) -> dict[str, Any]:
     """What trials with `--held-out` measured, one row a run; the settings that differ between them are columns."""
     names = ("gan_loss", "lambda_l1", "receptive_field", "discriminator_learning_rate", "dropout")
@@ -132,6 +149,10 @@ def choices_table(folders: list[Path]) -> dict[str, Any]:
     note = f"{epochs} epochs; measured on {count} training photographs that were held out, not on the test split."
     columns = ["loss", "weight of L1", "receptive field", "discriminator's rate", "dropout", *figures]
     return {"title": "How the settings were chosen", "columns": columns, "rows": rows, "note": note}
+
+
+def repeated_seeds(folders: list[Path]) -> list[int]:
+    return [run["seed"] for folder in folders for run in json.loads((folder / "results.json").read_text())["runs"]]
 
 
 def findings(table: dict[str, Any], first: str) -> list[str]:
@@ -188,13 +209,13 @@ def make_results(
         ],
         "metrics": metrics,
         "runs": [{name: value for name, value in run.items() if name != "history"} for run in runs],
-        "seeds": [args.seed],
+        "seeds": sorted({args.seed, *repeated_seeds(args.repeats)}),
         "limits": [
             *findings(tables[0], first["run"]),
             f"Trained at {args.size} pixels on {first['cartoonizer']} cartoons of strength {args.strength} drawn by "
             "this project; the second table tells how it does on others. Cartoons drawn by people were not tried.",
             "The adversarial loss pays for texture with noise: flat areas such as grass and sky get a faint pattern.",
-            "One seed a run: differences of a few hundredths may be chance.",
+            "One seed a run where no table says otherwise: differences of a few hundredths may be chance.",
         ],
         "sample": {"file": "sample.png", "text": ""},
         "details": {"robustness": robustness.to_dict(), "history": {run["run"]: run["history"] for run in runs}},
