@@ -180,6 +180,7 @@ def make_results(
 ) -> dict[str, Any]:
     """Everything that the card is rendered from."""
     first, folder = runs[0], Path(args.dataset).name
+    parameters = _published(args, first["run"]).num_parameters()
     dataset = DATASETS.get(folder, {"id": re.sub(r"[^a-z0-9-]+", "-", folder.lower()).strip("-"), "name": folder})
     count = round(first["images_seen"] / first["epochs"])
     metrics = []
@@ -191,8 +192,8 @@ def make_results(
     return {
         "name": "pix2pix-cartoon2photo",
         "title": "Pix2Pix: cartoon to photograph",
-        "summary": f"A U-Net of {args.channels} base channels that turns cartoons of {args.size} pixels into "
-        "photographs, trained as a conditional GAN. It takes images of any size.",
+        "summary": f"A U-Net of {args.channels} base channels and {parameters / 1e6:.1f} M parameters that turns "
+        f"cartoons of {args.size} pixels into photographs, trained as a conditional GAN. It takes images of any size.",
         "method": "Photographs were cartoonized (bilateral filter and dark outlines); the network learned the way "
         f"back against a PatchGAN and an L1 loss of weight {first['lambda_l1']:g}. Loaded through the "
         "`image-to-image` task, which transformers 5 removed and this checkpoint brings along.",
@@ -218,7 +219,11 @@ def make_results(
             "One seed a run where no table says otherwise: differences of a few hundredths may be chance.",
         ],
         "sample": {"file": "sample.png", "text": ""},
-        "details": {"robustness": robustness.to_dict(), "history": {run["run"]: run["history"] for run in runs}},
+        "details": {
+            "parameters": parameters,
+            "robustness": robustness.to_dict(),
+            "history": {run["run"]: run["history"] for run in runs},
+        },
         "meta": meta,
     }
 

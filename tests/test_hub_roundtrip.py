@@ -9,9 +9,11 @@ import pytest
 import torch
 from local_hub import LocalHub
 from PIL import Image
+from test_model_cards import CARDS, EXPECTED
 from transformers import CLIPVisionConfig, LlamaConfig
 
 from hf_efficient import DynamicLlavaConfig, DynamicLlavaForConditionalGeneration
+from hf_efficient.results import read_results
 
 
 pytestmark = pytest.mark.slow
@@ -54,6 +56,26 @@ same = [any(torch.equal(value, other) for other in stored.values() if other.shap
 assert pushed and all(same)
 model.generate(torch.tensor([[1, 5, 6]]), max_new_tokens=2)
 """  # noqa: E501
+
+LOAD_CARD = """
+import sys
+import transformers
+from PIL import Image
+sys.modules["hf_efficient"] = None
+repo, trust, task, sample, *classes = sys.argv[1:]
+flag = {"trust_remote_code": True} if trust == "trust" else {}
+for name in classes:
+    loaded = getattr(transformers, name).from_pretrained(repo, **flag)
+    home = "transformers_modules." if flag and "Processor" not in name else "transformers"
+    assert type(loaded).__module__.startswith(home), type(loaded)
+pipe = transformers.pipeline(task, model=repo, **flag)
+image = Image.open(sample)
+if task == "image-text-to-text":
+    content = [{"type": "image", "image": image}, {"type": "text", "text": "what color is the shape?"}]
+    print(pipe(text=[{"role": "user", "content": content}], max_new_tokens=3))
+else:
+    print(pipe(image))
+"""
 
 
 @pytest.fixture
@@ -105,6 +127,28 @@ def test_push_and_load(hub, folder, tmp_path):
     assert code != 0
     assert "trust_remote_code=True" in output
     assert not list((tmp_path / "c").rglob("modeling_dynamic_llava.py")), "code came down without the flag"
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in CARDS.iterdir() if path.is_dir()))
+def test_every_published_checkpoint(hub, name, tmp_path):
+    """Pushed as it lies in model_cards/, it loads and answers from an empty cache where the package is missing."""
+    classes, trust = EXPECTED[name]
+    results = read_results(CARDS / name)
+    sample, repo = CARDS / name / results["sample"]["file"], f"me/{name}"
+    code, output = client(PUSH, CARDS / name, repo, "public", "", hub=hub, home=tmp_path / "a")
+    assert code == 0, output
+    assert {key: (CARDS / name / key).read_bytes() for key in hub.files(repo) if key != ".gitattributes"} == {
+        key: value for key, value in hub.files(repo).items() if key != ".gitattributes"
+    }
+    arguments = results["pipeline_tag"], sample, *classes
+    flag = "trust" if trust else "plain"
+    code, output = client(LOAD_CARD, repo, flag, *arguments, hub=hub, home=tmp_path / "b", token=None)
+    assert code == 0, output
+    if trust:
+        code, output = client(LOAD_CARD, repo, "plain", *arguments, hub=hub, home=tmp_path / "c", token=None)
+        assert code != 0
+        assert "trust_remote_code=True" in output
+        assert not list((tmp_path / "c").rglob("modeling_*.py")), "code came down without the flag"
 
 
 def test_push_to_a_revision_leaves_main_alone(hub, folder, tmp_path):
