@@ -19,6 +19,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -35,11 +36,15 @@ from hf_efficient import (
     Pix2PixTrainingArguments,
 )
 from hf_efficient.cli import describe
+from hf_efficient.pix2pix.cartoonize_pix2pix import METHODS
+from hf_efficient.pix2pix.configuration_pix2pix import GENERATORS, NORMS
 from hf_efficient.pix2pix.figures_pix2pix import sample_sheet, save_picture
+from hf_efficient.pix2pix.losses_pix2pix import GAN_LOSSES
 from hf_efficient.pix2pix.pairs_pix2pix import ImagePairs, SideBySideFolder
 from hf_efficient.results import run_meta, write_whole
 
 
+TARGET = "image"  # column of the wanted images, where none is named
 # what the package calls a setting -> what is typed here
 TYPED = {
     "method": "--cartoonizer",
@@ -58,7 +63,8 @@ class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFo
     """Keeps the lines of the description and names each default that there is."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
-        return action.help if action.default in (None, False) else super()._get_help_string(action)
+        has_default = action.default is not None and action.default is not False  # 0 is one
+        return super()._get_help_string(action) if has_default else action.help
 
 
 class Deadline(TrainerCallback):
@@ -82,6 +88,10 @@ def make_pairs(args: argparse.Namespace, split: str, augment: bool) -> ImagePair
     elif args.direction:
         raise ValueError(
             f"--direction is for a folder of A|B pictures, --dataset {args.dataset} is none: leave it out."
+        )
+    elif target == TARGET and TARGET not in (names := getattr(rows, "column_names", (TARGET,))):
+        raise ValueError(
+            f"--target must be one of the columns {', '.join(names)}, got {TARGET!r}, its default: give --target."
         )
     settings = {"size": args.size, "method": args.cartoonizer, "strength": args.strength, "seed": args.seed}
     if augment:
@@ -149,13 +159,18 @@ def report(args: argparse.Namespace, trainer: Pix2PixTrainer, meta: dict) -> Non
     print(f"step {steps['steps']} of {steps['max_steps']}; {args.output / 'samples.png'}: what it learned")
 
 
+def _one_of(names: Iterable[str]) -> str:
+    """Write choices as argparse does; the package refuses others, in one sentence."""
+    return "{" + ",".join(names) + "}"
+
+
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     parser.add_argument("--dataset", default="skimage", help="folder of parquet files or pictures, or a Hub name")
     parser.add_argument("--source", help="column of the source images; left out, the target is cartoonized")
-    parser.add_argument("--target", default="image", help="column of the wanted images")
+    parser.add_argument("--target", default=TARGET, help="column of the wanted images")
     parser.add_argument("--direction", choices=("AtoB", "BtoA"), help="of A|B pictures (AtoB); any shape, when given")
-    parser.add_argument("--cartoonizer", help="bilateral (where no source is named), palette or mean_shift")
+    parser.add_argument("--cartoonizer", metavar=_one_of(METHODS), help="bilateral, where no source is named")
     parser.add_argument("--strength", type=int, default=3, help="of the cartoons, 0 to 5")
     parser.add_argument("--test-split", default="test", help="split to measure on")
     parser.add_argument("--output", type=Path, default=Path("runs/pix2pix_train"), help="folder to write")
@@ -164,10 +179,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=1, help="pairs a step")
     parser.add_argument("--size", type=int, default=128, help="pixels, a power of two")
     parser.add_argument("--channels", type=int, default=16, help="base channels of both networks (the paper: 64)")
-    parser.add_argument("--generator", default="unet", help="unet, resnet_6blocks or resnet_9blocks")
-    parser.add_argument("--norm", default="instance", help="instance, batch or none")
+    parser.add_argument("--generator", default="unet", metavar=_one_of(GENERATORS), help="kind of generator")
+    parser.add_argument("--norm", default="instance", metavar=_one_of(NORMS), help="of both networks")
     parser.add_argument("--receptive-field", type=int, default=70, help="1, 16, 34, 70, 142 or 286 pixels")
-    parser.add_argument("--gan-loss", default="vanilla", help="vanilla, lsgan, hinge or none")
+    parser.add_argument("--gan-loss", default="vanilla", metavar=_one_of(GAN_LOSSES), help="of both networks")
     parser.add_argument("--lambda-l1", type=float, default=100.0, help="weight of the L1 loss")
     parser.add_argument("--ema-decay", type=float, default=0.0, help="decay of the averaged weights, 0 = off")
     parser.add_argument("--seed", type=int, default=0, help="of weights, order and augmentation")
@@ -184,7 +199,7 @@ def parse() -> argparse.Namespace:
         parser.error(f"--cartoonizer draws the source images and {other} names them; leave one of them out")
     if args.smoke:
         small = {"size": 32, "channels": 4, "epochs": 2, "receptive_field": 16, "logging_steps": 2, "preview_steps": 3}
-        vars(args).update(small, dataset="skimage", source=None, target="image", direction=None)
+        vars(args).update(small, dataset="skimage", source=None, target=TARGET, direction=None)
     return args
 
 

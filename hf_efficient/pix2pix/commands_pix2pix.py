@@ -3,7 +3,6 @@
 import argparse
 import logging
 import os
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,8 @@ class Cartoonize:
     SOURCE is a picture or a folder of pictures, subfolders included. Each cartoon gets the name of its photograph, as
     PNG, in the folder DEST; for one picture DEST may also name the file to write, such as cartoon.jpg. Transparency is
     kept where the format has it. Files of a folder that end like no picture are passed over in one line; a picture
-    that cannot be read is named at the end and stops nothing: exit code 3.
+    that cannot be read, and pictures that differ only in their ending, are named at the end and stop nothing: exit
+    code 3. Of a moving picture the first frame is taken.
 
     Examples:
       hf-efficient cartoonize ./photos ./cartoons
@@ -68,8 +68,9 @@ class Translate:
     result has the size of its picture and its name, as PNG, in the folder DEST; for one picture DEST may also name the
     file to write, such as photo.jpg. The model sees what is transparent over white, and the result gets the alpha
     channel of its picture back where the format has one. Files of a folder that end like no picture are passed over in
-    one line; a picture that cannot be read is named at the end and stops nothing: exit code 3, and --json lists it
-    with the reason under "failed", the results under "files".
+    one line; a picture that cannot be read, and pictures that differ only in their ending, are named at the end and
+    stop nothing: exit code 3, and --json lists them with the reasons under "failed", the results under "files". Of a
+    moving picture the first frame is taken.
 
     Examples:
       hf-efficient translate ./model_cards/pix2pix-cartoon2photo ./cartoons ./photos
@@ -93,7 +94,7 @@ class Translate:
         if arguments.batch_size < 1:
             raise ValueError(f"--batch-size must be at least 1, got {arguments.batch_size}.")
         _find_pictures(Path(arguments.source), results=Path(arguments.dest))  # before the model is loaded
-        _is_file(Path(arguments.source), Path(arguments.dest))
+        _is_file(Path(arguments.source), arguments.dest)
         translate = _load_pipeline(arguments.model, arguments.device)
 
         def outputs(files: list[Path]) -> Iterator[Any]:
@@ -111,10 +112,11 @@ class Translate:
 class Robustness:
     """Measure how well a cartoon-to-photo model survives other cartoons.
 
-    MODEL is a Hub id or a folder, or several as NAME=FOLDER for the matrix of models and cartoonizers. DATA is a
-    folder of photographs or a parquet file with an image column. Writes a page that opens from disk (index.html), its
-    figures (robustness.json), a plot and sample sheets. A photograph of a folder that cannot be read or has fewer than
-    11 pixels on a side is named at the end and stops nothing: exit code 3.
+    MODEL is a Hub id or a folder, or several for the matrix of models and cartoonizers; each goes by the last part of
+    its path, or by the name given to it as NAME=MODEL. DATA is a folder of photographs or a parquet file with an image
+    column. Writes a page that opens from disk (index.html), its figures (robustness.json), a plot and sample sheets. A
+    photograph of a folder that cannot be read or has fewer than 11 pixels on a side is named at the end and stops
+    nothing: exit code 3.
 
     Examples:
       hf-efficient robustness ./model_cards/pix2pix-cartoon2photo ./photos --output ./robustness
@@ -140,7 +142,10 @@ class Robustness:
         parser.add_argument("--severities", nargs="+", type=int, metavar="N", help="strengths 0 to 5 (default: all)")
         parser.add_argument("--features", metavar="FILE", help="weights of tf_efficientnet_lite0, for KID and cosine")
         parser.add_argument(
-            "--trained-on", nargs="+", metavar="NAME=CARTOONIZER", help="what each model was trained on"
+            "--trained-on",
+            nargs="+",
+            metavar="NAME=CARTOONIZER",
+            help="what each model was trained on; of a single model the cartoonizer alone will do",
         )
         parser.add_argument("--limit", type=int, metavar="N", help="use only the first photographs")
         parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="pictures at a time (default: 8)")
@@ -167,7 +172,10 @@ class Robustness:
             if getattr(arguments, name):
                 settings[name] = getattr(arguments, name)
         check_grid(**{name: settings[name] for name in ("methods", "severities") if name in settings})
-        trained_on = dict(_named(entry) for entry in arguments.trained_on or ())
+        trained_on = {}
+        for entry in arguments.trained_on or ():
+            name, sign, method = entry.rpartition("=")
+            trained_on[name if sign else next(iter(models)) if len(models) == 1 else entry] = method
         unknown = sorted(trained_on.keys() - models.keys())
         if unknown:
             raise ValueError(f"--trained-on names {unknown[0]!r}, which is none of the models {', '.join(models)}.")
@@ -259,7 +267,8 @@ def _find_pictures(source: Path, name: str = "SOURCE", results: Path | None = No
     if source.is_file():
         return [source], []
     if not source.is_dir():
-        raise FileNotFoundError(f"{name} {source} is neither a picture nor a folder.")
+        what = "is neither a picture nor a folder" if source.exists() else "does not exist"
+        raise FileNotFoundError(f"{name} {source} {what}; name a picture or a folder of pictures.")
     files = sorted(path for path in source.rglob("*") if path.is_file() and not path.name.startswith("."))
     if results is not None and results.resolve() != source.resolve():
         files = [path for path in files if results.resolve() not in path.resolve().parents]
@@ -280,40 +289,44 @@ def _say_skipped(source: Path, skipped: list[Path]) -> None:
 def _write_all(
     arguments: argparse.Namespace, outputs: Any, noun: str, reasons: dict[int, str] | None = None
 ) -> dict[str, Any]:
-    """Write each output under its picture's name; list unreadable files beside them."""
+    """Write each output under its picture's name; list beside them what could not be read or has no name to go by."""
     from transformers.utils import logging
 
     from .figures_pix2pix import save_picture
 
     source, dest = Path(arguments.source), Path(arguments.dest)
     files, skipped = _find_pictures(source, results=dest)
-    single = _is_file(source, dest)
-    targets = _targets(files, source if source.is_dir() else source.parent, dest, single)
+    single = _is_file(source, arguments.dest)
+    targets, clashes = _targets(files, source if source.is_dir() else source.parent, dest, single)
     _say_skipped(source, skipped)
-    written, failed = [], {}
-    for number, output in enumerate(logging.tqdm(outputs(files), total=len(files), desc=noun.capitalize())):
+    todo = list(targets)
+    written, moving, failed = [], [], {}
+    for number, output in enumerate(logging.tqdm(outputs(todo), total=len(todo), desc=noun.capitalize())):
+        path = todo[number]
         if isinstance(output, _Failed):
-            failed[number] = output.reason
-        else:
-            picture = _with_alpha(output, files[number], targets[number])
-            written.append(str(save_picture(picture, targets[number])))
-    failed.update(reasons or {})
-    unreadable = [
-        {"file": str(files[number]), "reason": reason.removeprefix(f"{files[number]}: ")}
-        for number, reason in sorted(failed.items())
-    ]
+            failed[path] = output.reason
+            continue
+        written.append(str(save_picture(_with_alpha(output, path, targets[path]), targets[path])))
+        moving += [str(path)] if _is_moving(path) else []
+    for number, reason in (reasons or {}).items():
+        failed[todo[number]] = reason.removeprefix(f"{todo[number]}: ")
+    failed.update(clashes)
+    left_out = [{"file": str(path), "reason": failed[path]} for path in files if path in failed]
     if not written:
-        raise ValueError(f"None of {len(files)} pictures could be read: {_listed(unreadable)}")
+        verb = "written" if clashes else "read"
+        raise ValueError(f"None of {len(files)} pictures could be {verb}: {_listed(left_out)}")
+    if moving:
+        logger.warning(f"Only the first frame was taken of {', '.join(moving)}")
     plural = noun if len(written) == 1 else f"{noun}s"
     report = {
         "files": written,
-        "failed": unreadable,
+        "failed": left_out,
         "skipped": [str(path) for path in skipped],
         "text": f"Wrote {len(written)} {plural} to {dest}.",
     }
     if failed:
         done = f"{len(written)} of {len(files)} pictures were written to {dest}"
-        report["incomplete"] = f"{done}; unreadable: {_listed(unreadable)}"
+        report["incomplete"] = f"{done}; left out: {_listed(left_out)}"
     return report
 
 
@@ -343,18 +356,34 @@ def _with_alpha(output: Any, path: Path, target: Path) -> Any:
     return output
 
 
-def _is_file(source: Path, dest: Path) -> bool:
+def _is_moving(path: Path) -> bool:
+    """Whether a picture has more frames than the one that was taken; those a phone adds to a photograph are none."""
+    from PIL import Image
+
+    try:
+        with Image.open(path) as picture:
+            return picture.format != "MPO" and getattr(picture, "is_animated", False)
+    except (OSError, SyntaxError, ValueError):  # damaged behind its first frame
+        return False
+
+
+def _is_file(source: Path, given: str) -> bool:
     """Whether DEST names the one file to write; refuse what cannot be written before the work starts."""
     from PIL import Image
 
+    dest = Path(given)
     ending = dest.suffix.lower()
-    if dest.is_dir() or ending not in Image.registered_extensions():
+    folder = dest.is_dir() or not ending or given.endswith(("/", os.sep))
+    if folder or (not source.is_file() and ending not in Image.registered_extensions()):
         _check_folder("DEST", dest)
         return False
     if not source.is_file():
         raise ValueError(f"DEST {dest} ends like a picture, but SOURCE {source} is a folder; name a folder.")
     if ending not in _ENDINGS:
-        raise ValueError(f"DEST {dest} must end in one of {', '.join(_ENDINGS)}, or name a folder.")
+        raise ValueError(
+            f"DEST {dest} must end in one of {', '.join(_ENDINGS)}, or name a folder: one that is there, has no "
+            "ending, or is written with a / at its end."
+        )
     _check_folder("DEST", dest.parent)
     return True
 
@@ -369,20 +398,29 @@ def _check_folder(name: str, folder: Path) -> None:
         raise ValueError(f"{name} {folder} cannot be made: {above} {why}; name another folder.")
 
 
-def _targets(files: list[Path], root: Path, dest: Path, single: bool) -> list[Path]:
-    targets = [dest if single else dest / path.relative_to(root).with_suffix(".png") for path in files]
-    uses = Counter(targets)
-    for path, target in zip(files, targets):
-        if uses[target] > 1:
-            raise ValueError(f"{path} has the name of another picture but for its ending; rename one of them.")
+def _targets(files: list[Path], root: Path, dest: Path, single: bool) -> tuple[dict[Path, Path], dict[Path, str]]:
+    """Picture -> file to write, and picture -> why there is none, where several would be written to one file."""
+    users: dict[Path, list[Path]] = {}
+    for path in files:
+        target = dest if single else dest / path.relative_to(root).with_suffix(".png")
         if target.resolve() == path.resolve():
             raise ValueError(f"{path} would be replaced by its own result; name another DEST.")
-    return targets
+        users.setdefault(target, []).append(path)
+    targets, clashes = {}, {}
+    for target, paths in users.items():
+        names = [path.name for path in paths]
+        which = f"{', '.join(names[:-1])} and {names[-1]} would {'both' if len(names) == 2 else 'all'}"
+        for path in paths if len(paths) > 1 else ():
+            clashes[path] = f"{which} be written to {target.name}; rename one of them"
+        if len(paths) == 1:
+            targets[paths[0]] = target
+    return targets, clashes
 
 
 def _named(entry: str) -> tuple[str, str]:
-    name, sign, value = entry.partition("=")
-    return (name, value) if sign and not Path(entry).exists() else ("model", entry)
+    """Name and model of one MODEL: what stands before the sign of equality, or the last part of the path."""
+    name, sign, model = entry.partition("=")
+    return (name, model) if sign and not Path(entry).exists() else (Path(entry).resolve().name or "model", entry)
 
 
 def _load_photos(data: Path, column: str, failed: list[dict[str, str]]) -> Any:

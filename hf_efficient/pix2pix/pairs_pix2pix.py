@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from PIL import ExifTags, Image, ImageOps
 from torch.utils.data import Dataset
+from transformers.utils import logging
 
 from .cartoonize_pix2pix import MAX_STRENGTH, METHODS, cartoonize
 from .configuration_pix2pix import Pix2PixConfig
@@ -19,6 +20,7 @@ from .image_processing_pix2pix import Pix2PixImageProcessor, to_rgb
 
 _ENDINGS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
 _SIDE_BY_SIDE = (1.8, 2.2)  # width over height; photographs are narrower (16:9 is 1.78) or panoramas
+logger = logging.get_logger(__name__)
 
 
 class ImagePairs(Dataset):
@@ -195,22 +197,23 @@ def check_first_row(name: str, data: Any, config: Pix2PixConfig) -> None:
 class PictureFolder(Sequence):
     """A folder of pictures as rows with the one column `image`, read when asked for: what a cartoonizer needs.
 
+    Files whose header cannot be read as a picture are left out, in one warning that names the first of them. A picture
+    that is damaged further on, such as one that was copied in part, shows only when its row is read.
+
     Args:
-        folder (`str` or `os.PathLike`): Folder of pictures; its subfolders are not read.
+        folder (`str` or `os.PathLike`): Folder of pictures; its subfolders and hidden files are not read.
 
     Raises:
-        FileNotFoundError: If the folder holds no picture.
-        ValueError: When a row is read, if its picture is damaged.
+        FileNotFoundError: If there is no such folder, or it holds no picture.
+        NotADirectoryError: If `folder` is a file.
+        ValueError: If none of the pictures can be read, or, when a row is read, if its picture is damaged.
     """
 
     column_names: tuple[str, ...] = ("image",)
 
     def __init__(self, folder: str | os.PathLike) -> None:
-        folder = Path(folder)
-        found = folder.iterdir() if folder.is_dir() else ()
-        self.files = sorted(path for path in found if path.suffix.lower() in _ENDINGS)
-        if not self.files:
-            raise FileNotFoundError(f"{folder} holds no picture ({', '.join(sorted(_ENDINGS))}).")
+        self._sizes = _read_sizes(Path(folder))
+        self.files = list(self._sizes)
 
     def __len__(self) -> int:
         return len(self.files)
@@ -222,16 +225,19 @@ class PictureFolder(Sequence):
 class SideBySideFolder(PictureFolder):
     """A folder of pictures that hold both images of a pair side by side (A|B), read when asked for.
 
+    Files whose header cannot be read are left out, as in [`PictureFolder`].
+
     Args:
-        folder (`str` or `os.PathLike`): Folder of pictures; its subfolders are not read.
+        folder (`str` or `os.PathLike`): Folder of pictures; its subfolders and hidden files are not read.
         source (`str`, defaults to `"left"`): Half that holds the source: `"left"` or `"right"`.
         any_shape (`bool`, defaults to `False`): Take pictures of any shape, for pairs that are no squares. Without it
             all must be about twice as wide as high, so that a folder of photographs is not cut in halves.
 
     Raises:
-        FileNotFoundError: If the folder holds no picture.
-        ValueError: If `source` is neither half, or a picture is damaged or has not the shape of a pair. Shapes are
-            read from the headers of the files alone.
+        FileNotFoundError: If there is no such folder, or it holds no picture.
+        NotADirectoryError: If `folder` is a file.
+        ValueError: If `source` is neither half, none of the pictures can be read, or one has not the shape of a pair.
+            Shapes are read from the headers of the files alone. When a row is read, if its picture is damaged.
     """
 
     column_names = ("source", "target")
@@ -241,8 +247,8 @@ class SideBySideFolder(PictureFolder):
             raise ValueError(f'`source` must be "left" or "right", got {source!r}.')
         super().__init__(folder)
         self.source = source
-        for path in self.files:
-            _check_shape(path, any_shape)
+        for path, (width, height) in self._sizes.items():
+            _check_shape(path, width, height, any_shape)
 
     def __getitem__(self, row: int) -> dict[str, Image.Image]:
         picture = read_picture(self.files[row])
@@ -252,17 +258,39 @@ class SideBySideFolder(PictureFolder):
         return {"source": pair[0], "target": pair[1]}
 
 
-def _check_shape(path: Path, any_shape: bool) -> None:
-    """Refuse a picture that cannot hold two images side by side, without reading its pixels."""
+def _read_sizes(folder: Path) -> dict[Path, tuple[int, int]]:
+    """The pictures of a folder by name, each with its width and height as it is seen, read from its header alone."""
+    if folder.is_file():
+        raise NotADirectoryError(f"{folder} is a file, not a folder; name the folder that holds it.")
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder} does not exist; name a folder of pictures.")
+    files = (path for path in folder.iterdir() if path.suffix.lower() in _ENDINGS and not path.name.startswith("."))
+    files = sorted(path for path in files if not path.is_dir())
+    if not files:
+        raise FileNotFoundError(f"{folder} holds no picture ({', '.join(sorted(_ENDINGS))}).")
+    sizes, broken = {}, []
+    for path in files:
+        try:
+            with Image.open(path) as picture:
+                sizes[path] = picture.size
+                header = picture.format != "PNG" or "exif" in picture.info  # else Pillow reads all of a PNG for it
+                if header and picture.getexif().get(ExifTags.Base.Orientation, 1) > 4:
+                    sizes[path] = picture.size[::-1]
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+            sizes.pop(path, None)
+            broken.append(path.name)
+    names = ", ".join([*broken[:3], *([f"{len(broken) - 3} more"] if len(broken) > 3 else [])])
+    if not sizes:
+        raise ValueError(f"None of {len(files)} pictures of {folder} can be read: {names}.")
+    if broken:  # once for the folder: each split of a data set may open it
+        count = f"{len(broken)} of {len(files)}"
+        logger.warning_once(f"Left out {count} pictures of {folder}, which cannot be read: {names}")
+    return sizes
+
+
+def _check_shape(path: Path, width: int, height: int, any_shape: bool) -> None:
+    """Refuse a picture that cannot hold two images side by side."""
     low, high = (0, math.inf) if any_shape else _SIDE_BY_SIDE
-    try:
-        with Image.open(path) as picture:
-            width, height = picture.size
-            header = picture.format != "PNG" or "exif" in picture.info  # else Pillow reads all of a PNG to look for it
-            if header and picture.getexif().get(ExifTags.Base.Orientation, 1) > 4:
-                width, height = height, width
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path} is no picture that can be read; mend it or take it out of the folder.") from error
     if width % 2 or not low <= width / height <= high:
         shape = "of even width" if any_shape else "about twice as wide as high, of even width"
         other = "" if any_shape else ", for pairs that are no squares set `any_shape=True`"

@@ -112,7 +112,7 @@ class ImageToImagePipeline(Pipeline):
             set.
 
         Raises:
-            ImageToImageError: After all other inputs are translated, if some could not be read.
+            ImageToImageError: After all other inputs are translated, if some could not be read or are no images.
             TypeError: If `inputs` is a whole data set of `datasets`, also a stream or one of several splits.
         """
         _refuse_table(inputs)
@@ -153,7 +153,7 @@ class ImageToImagePipeline(Pipeline):
                 image = to_rgb(image)
             pixels = self.image_processor(image, return_tensors="pt")["pixel_values"][0]
         except Exception as error:  # whatever a broken file or URL raises: the rest of the batch goes on
-            reason = f"{_describe(given)}: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
+            reason = f"{_describe(given)}: {_say_why(error)}"
             return {"pixel_values": [None], "target_sizes": [None], "failures": [reason]}
         return {"pixel_values": [pixels], "target_sizes": [size], "failures": [None]}
 
@@ -218,7 +218,9 @@ def _flatten(rows: list[Any]) -> list[Any]:
 
 
 def _is_single(inputs: Any) -> bool:
-    return isinstance(inputs, (str, bytes, Path, Image.Image, np.ndarray, torch.Tensor, dict))
+    """Whether `inputs` is one image, or nothing that could hold images: reading it says what is wrong."""
+    single = isinstance(inputs, (str, bytes, Path, Image.Image, np.ndarray, torch.Tensor, dict))
+    return single or not (hasattr(inputs, "__iter__") or hasattr(inputs, "__getitem__"))
 
 
 def _refuse_table(inputs: Any) -> None:
@@ -237,6 +239,15 @@ def _describe(image: Any) -> str:
     if isinstance(image, (str, Path)):
         return str(image) if len(str(image)) <= 200 else f"{str(image)[:60]}..."
     return type(image).__name__
+
+
+def _say_why(error: Exception) -> str:
+    """Say what is wrong with an input, without the name that stands before it; `read_picture` has the same words."""
+    if isinstance(error, UnidentifiedImageError):
+        return "no picture"
+    reason = getattr(error, "strerror", None) or (str(error).splitlines() or [type(error).__name__])[0]
+    damaged = isinstance(error, (OSError, SyntaxError)) and not isinstance(error, FileNotFoundError)
+    return f"no readable picture: {reason}" if damaged else reason
 
 
 def _read(image: Any, timeout: float | None) -> tuple[Any, tuple[int, int]]:

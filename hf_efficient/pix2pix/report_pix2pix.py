@@ -47,6 +47,7 @@ _COLOURS = (
 )  # readable on white and on black
 _DASHES = ("", "7 4", "2 4", "10 3 2 3", "4 2", "1 3")
 _MARKS = ("circle", "square", "diamond")
+_IDENTICAL = "none for identical images"
 
 
 def write_report(report: RobustnessReport, folder: Path, title: str) -> Path:
@@ -135,7 +136,7 @@ def plot_curves(report: RobustnessReport) -> Image.Image:
     figure = figure_class(figsize=(3 * len(names), 2.3 * len(methods) + 0.6), layout="constrained", dpi=100)
     axes = figure.subplots(len(methods), len(names), squeeze=False, sharex=True, sharey="col")
     for axis, name in zip(axes[0], names):
-        axis.set_title(FIGURES.get(name, (name,))[0])
+        axis.set_title(plot_title(report, name))
     for axis in axes[-1]:
         axis.set_xlabel("severity")
     for row, method in zip(axes, methods):
@@ -151,6 +152,25 @@ def plot_curves(report: RobustnessReport) -> Image.Image:
     memory = io.BytesIO()
     figure.savefig(memory, format="png")
     return Image.open(memory).convert("RGB")
+
+
+def plot_title(report: RobustnessReport, name: str) -> str:
+    """Title of a plot; where a curve starts late because images are identical, it says so.
+
+    Args:
+        report ([`RobustnessReport`]): What was measured.
+        name (`str`): Name of the figure.
+
+    Returns:
+        `str`: One line or two.
+    """
+    title = FIGURES.get(name, (name,))[0]
+    return f"{title}\n({_IDENTICAL})" if _has_gap(report, name) else title
+
+
+def _has_gap(report: RobustnessReport, name: str) -> bool:
+    """Whether some images had no error, and so no PSNR."""
+    return name == "psnr" and any(row[name] is None for row in report.rows)
 
 
 def _caption(name: str) -> str:
@@ -216,7 +236,8 @@ def _plot(report: RobustnessReport, name: str) -> str:
             f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="2" stroke-dasharray="{dash}"/>'
         )
         parts += [_mark(mark, x, y, colour) for x, y in points]
-    return f"<figure>{''.join(parts)}</svg><figcaption>{_caption(name)}</figcaption></figure>"
+    note = f"; {_IDENTICAL}" if _has_gap(report, name) else ""
+    return f"<figure>{''.join(parts)}</svg><figcaption>{_caption(name)}{note}</figcaption></figure>"
 
 
 def _table(columns: list[str], rows: list[list[str]], framed: list[int | None] | None = None) -> str:

@@ -21,6 +21,7 @@ from transformers.utils import logging
 from .cartoonize_pix2pix import MAX_STRENGTH, METHODS, cartoonize
 from .image_processing_pix2pix import to_rgb
 from .modeling_pix2pix import Pix2PixModel
+from .pairs_pix2pix import PictureFolder
 from .pipeline_pix2pix import ImageToImagePipeline
 
 
@@ -175,10 +176,10 @@ class RobustnessReport:
 
 def evaluate_robustness(
     model: Any,
-    dataset: Iterable[Any],
+    dataset: Iterable[Any] | str | os.PathLike,
     *,
-    methods: Sequence[str] = METHODS,
-    severities: Sequence[int] = tuple(range(MAX_STRENGTH + 1)),
+    methods: str | Sequence[str] = METHODS,
+    severities: int | Sequence[int] = tuple(range(MAX_STRENGTH + 1)),
     image_column: str = "image",
     features: str | os.PathLike | nn.Module | None = None,
     extra_metrics: Mapping[str, Any] | None = None,
@@ -193,9 +194,10 @@ def evaluate_robustness(
     Args:
         model ([`Pix2PixModel`], [`ImageToImagePipeline`], path, Hub id, or a dictionary of them): What translates.
             Several by name give the matrix trained-on against tested-on.
-        dataset (`datasets.Dataset` or an iterable of rows or images): Test photographs.
-        methods (`Sequence[str]`): Cartoonizers.
-        severities (`Sequence[int]`): Strengths, 0 (the photograph itself) to 5.
+        dataset (`datasets.Dataset`, an iterable of rows or images, or the path of a folder): Test photographs; a
+            folder is read by [`PictureFolder`].
+        methods (`str` or `Sequence[str]`): Cartoonizers.
+        severities (`int` or `Sequence[int]`): Strengths, 0 (the photograph itself) to 5.
         image_column (`str`, defaults to `"image"`): Column of the photographs, where rows are dictionaries.
         features (`str`, `os.PathLike` or `nn.Module`, *optional*): Network behind KID and feature cosine: the weights
             of `tf_efficientnet_lite0` (needs timm), or a module from images `(batch, 3, height, width)` in `[0, 1]` to
@@ -216,13 +218,18 @@ def evaluate_robustness(
     Raises:
         ValueError: If there is no photograph or one is too small or unreadable, a method, severity or column is
             unknown, `limit` or `batch_size` is below 1, or a model changes the size of its input.
+        FileNotFoundError: If `dataset` is the path of no folder, or of one without pictures.
         ImportError: If torchmetrics, or timm for `features` by file, is missing.
     """
+    methods = (methods,) if isinstance(methods, str) else methods
+    severities = (severities,) if isinstance(severities, int) else severities
     check_grid(methods, severities)
     for argument, value in (("batch_size", batch_size), ("limit", limit)):
         if value is not None and value < 1:
             raise ValueError(f"`{argument}` must be at least 1, got {value}.")
     name, network = _feature_network(features)  # a wrong file shows before the photographs are read
+    if isinstance(dataset, (str, os.PathLike)):
+        dataset, image_column = PictureFolder(dataset), "image"
     photos = _read_photos(dataset, image_column, limit)
     pipes = _make_pipes(model)
     meter = _Meter(photos, network, dict(extra_metrics or {}), batch_size, seed)

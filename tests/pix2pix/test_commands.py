@@ -65,7 +65,7 @@ def test_a_path_with_an_equals_sign_is_a_path(tmp_path, picture_folder, tiny_mod
     picture = picture_folder / "0.png"
     settings = ["--methods", "palette", "--severities", "3", "--output", str(tmp_path / "out"), "--quiet"]
     assert main(["robustness", str(folder), str(picture), *settings]) == 0
-    assert json.loads((tmp_path / "out" / "robustness.json").read_text())["rows"][1]["model"] == "model"
+    assert json.loads((tmp_path / "out" / "robustness.json").read_text())["rows"][1]["model"] == "lr=0.1"
 
 
 @pytest.mark.parametrize("command", ["cartoonize", "translate"])
@@ -76,13 +76,13 @@ def test_a_broken_picture_is_named_and_stops_nothing(tmp_path, picture_folder, c
     file = tmp_path / "result.json"
     assert main([command, *arguments, str(picture_folder), str(out), "--quiet", "--json", str(file)]) == 3
     error = capsys.readouterr().err
-    assert error.startswith(f"hf-efficient {command}: incomplete: 3 of 4 pictures were written to {out}; unreadable: ")
+    assert error.startswith(f"hf-efficient {command}: incomplete: 3 of 4 pictures were written to {out}; left out: ")
     assert error.count("\n") == 1
     assert sorted(path.name for path in out.iterdir()) == ["0.png", "1.png", "2.png"]
     result = json.loads(file.read_text())
     assert result["files"] == [str(out / f"{number}.png") for number in range(3)]
     assert [entry["file"] for entry in result["failed"]] == [str(picture_folder / "0a.png")]
-    assert "picture" in result["failed"][0]["reason"] or "image" in result["failed"][0]["reason"]
+    assert result["failed"][0]["reason"] == "no picture"
 
 
 @pytest.mark.parametrize("command", ["cartoonize", "translate"])
@@ -93,6 +93,42 @@ def test_where_nothing_can_be_read_the_input_is_wrong(tmp_path, checkpoint, caps
     assert main([command, *arguments, str(tmp_path / "in"), str(tmp_path / "out"), "--quiet"]) == 2
     assert "None of 1 pictures could be read: " in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("command", ["cartoonize", "translate"])
+def test_a_clash_of_names_is_listed_and_stops_nothing(tmp_path, picture_folder, checkpoint, picture, capsys, command):
+    picture(16, 16).save(picture_folder / "1.jpg")
+    out, file = tmp_path / "out", tmp_path / "result.json"
+    arguments = [command, checkpoint] if command == "translate" else [command]
+    arguments += [str(picture_folder), str(out), "--quiet", "--json", str(file)]
+    assert main(arguments) == 3
+    assert "2 of 4 pictures were written" in capsys.readouterr().err
+    assert sorted(path.name for path in out.iterdir()) == ["0.png", "2.png"]
+    size = Image.open(out / "2.png").size
+    assert size == (30, 9)  # results still belong to their own pictures
+    failed = json.loads(file.read_text())["failed"]
+    assert [entry["file"] for entry in failed] == [str(picture_folder / name) for name in ("1.jpg", "1.png")]
+    for entry in failed:
+        assert entry["reason"] == "1.jpg and 1.png would both be written to 1.png; rename one of them"
+    for name in ("0.png", "2.png"):
+        (picture_folder / name).unlink()
+    assert main(arguments) == 2
+    assert "None of 2 pictures could be written: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["cartoonize", "translate"])
+def test_only_the_first_frame_of_a_moving_picture_is_taken_and_that_is_said(
+    tmp_path, checkpoint, picture, caplog, command
+):
+    frames = [picture(16, 16), picture(16, 17).resize((16, 16))]
+    frames[0].save(tmp_path / "moving.gif", save_all=True, append_images=frames[1:])
+    frames[0].save(tmp_path / "still.gif")
+    frames[0].save(tmp_path / "phone.jpg", format="MPO", save_all=True, append_images=frames[1:])
+    arguments = [command, checkpoint] if command == "translate" else [command]
+    for name in ("still.gif", "phone.jpg", "moving.gif"):
+        assert main([*arguments, str(tmp_path / name), str(tmp_path / "out.png")]) == 0
+    (line,) = caplog.messages
+    assert line == f"Only the first frame was taken of {tmp_path / 'moving.gif'}"
 
 
 def test_other_files_of_a_folder_are_passed_over_in_one_line(tmp_path, picture_folder, picture, capsys, caplog):
@@ -130,11 +166,15 @@ def test_one_picture_goes_into_the_file_that_is_named(tmp_path, picture_folder, 
     for wrong, dest, message in (
         (str(picture_folder), tmp_path / "all.png", "ends like a picture, but SOURCE"),
         (source, tmp_path / "out.gif", "must end in one of .png, .jpg"),
+        (source, tmp_path / "out.xyz", "must end in one of .png, .jpg"),
+        (source, tmp_path / "out.xyz", "or name a folder: one that is there, has no ending, or is written with a /"),
         (source, Path(source), "would be replaced by its own result"),
     ):
         assert main([*arguments, wrong, str(dest), "--quiet"]) == 2
         assert message in capsys.readouterr().err
     assert not (tmp_path / "all.png").exists()
+    assert main([*arguments, source, f"{tmp_path / 'v1.5'}/", "--quiet"]) == 0
+    assert (tmp_path / "v1.5" / "1.png").is_file()
     assert Path(source).read_bytes() == before
 
 
@@ -178,16 +218,20 @@ def test_robustness_writes_a_report(tmp_path, picture_folder, checkpoint, pictur
     import datasets
 
     out, settings = tmp_path / "out", ["--methods", "palette", "--severities", "0", "5", "--quiet"]
+    settings += ["--trained-on", "palette"]
     (picture_folder / "2.png").unlink()  # 9 pixels high: too small for SSIM
     assert main(["robustness", checkpoint, str(picture_folder), "--output", str(out), *settings]) == 0
     data = json.loads((out / "robustness.json").read_text())
     assert (data["images"], len(data["rows"])) == (2, 4)
+    assert data["rows"][2]["model"] == "checkpoint"  # the name of its folder
+    assert data["trained_on"] == {"checkpoint": "palette"}
+    assert (out / "samples_palette__checkpoint.png").is_file()
     assert (out / "index.html").exists()
     table = datasets.Dataset.from_dict({"photo": [picture(16, 16)] * 2}).cast_column("photo", datasets.Image())
     table.to_parquet(str(tmp_path / "photos.parquet"))
     arguments = [f"a={checkpoint}", f"b={checkpoint}", "--data", str(tmp_path / "photos.parquet"), "--column", "photo"]
-    arguments += ["--trained-on", "a=palette", "--limit", "1", "--output", str(out)]
-    assert main(["robustness", *arguments, *settings]) == 0
+    arguments += ["--limit", "1", "--output", str(out)]
+    assert main(["robustness", *arguments, *settings[:-1], "a=palette"]) == 0
     data = json.loads((out / "robustness.json").read_text())
     assert (data["images"], data["trained_on"], len(data["rows"])) == (1, {"a": "palette"}, 6)
 
@@ -218,19 +262,22 @@ def test_wrong_input_gets_one_sentence_and_exit_code_2(tmp_path, picture_folder,
         (["translate", checkpoint, photos, out, "--device", "tpu9"], "--device must be one that torch can use here"),
         (["translate", "no/where", photos, out], "MODEL no/where is no folder here and no Hub id"),
         (["robustness", "no/where", photos], "MODEL no/where is no folder here and no Hub id"),
-        (["robustness", checkpoint, "nowhere"], "DATA nowhere is neither a picture nor a folder"),
+        (["robustness", checkpoint, "nowhere"], "DATA nowhere does not exist"),
         (["robustness", checkpoint, file], f"DATA {file} holds no picture that can be measured: {file}: no picture"),
         (["robustness", "no/where", "nowhere", "--severities", "9"], "--severities must be whole numbers from 0 to 5"),
         (["robustness", checkpoint, photos, "--features", "no.pt"], "--features must be a file with the weights"),
         (["robustness", checkpoint, str(tmp_path / "rows.parquet")], "is no parquet file that can be read"),
         (["robustness", checkpoint, photos, "--limit", "0"], "--limit must be at least 1, got 0"),
         (["robustness", checkpoint, photos, "--batch-size", "-1"], "--batch-size must be at least 1, got -1"),
-        (["robustness", checkpoint, photos, "--trained-on", "model=ink"], "--trained-on must name a cartoonizer"),
+        (["robustness", checkpoint, photos, "--trained-on", "ink"], "--trained-on must name a cartoonizer"),
         (["robustness", checkpoint, photos, "--output", file], f"--output {file} is a file"),
         (["convert-pix2pix", file, out], "SOURCE must hold plain weights"),
         (["convert-pix2pix", str(tmp_path), out], "which is a folder"),
         (["cartoonize", str(tmp_path / "empty"), "out"], "holds no picture"),
-        (["cartoonize", "nowhere", "out"], "nowhere is neither a picture nor a folder"),
+        (["cartoonize", "nowhere", "out"], "SOURCE nowhere does not exist"),
+        (["translate", checkpoint, "nowhere", "out"], "SOURCE nowhere does not exist"),
+        (["robustness", checkpoint, checkpoint, "--data", photos], "Several models need names of their own"),
+        (["robustness", f"a={checkpoint}", "b=x", "--data", photos, "--trained-on", "palette"], "names 'palette'"),
         (["cartoonize", str(picture_folder), str(picture_folder)], "would be replaced by its own result"),
         (["cartoonize", photos, out, "--method", "sketch"], "--method must be one of bilateral"),
         (["cartoonize", photos, out, "--strength", "9"], "--strength must be a whole number from 0 to 5, got 9"),

@@ -143,6 +143,23 @@ def test_a_folder_of_photographs_and_a_cartoonizer(tmp_path, picture):
     assert pairs[0]["pixel_values"].shape == (3, 16, 16)
 
 
+@pytest.mark.parametrize("folder", [PictureFolder, SideBySideFolder])
+def test_files_without_a_readable_header_are_left_out_in_one_warning(tmp_path, picture, caplog, folder):
+    for name in ("b", "d"):
+        picture(16, 32).save(tmp_path / f"{name}.png")
+    for number in range(4):
+        (tmp_path / f"c{number}.jpg").write_text("no picture")
+    (tmp_path / "a.png").touch()
+    (tmp_path / "._b.png").write_text("what another system keeps about b.png")
+    (tmp_path / "more.png").mkdir()
+    rows = folder(tmp_path)
+    assert [path.name for path in rows.files] == ["b.png", "d.png"]
+    (line,) = caplog.messages
+    assert line == f"Left out 5 of 7 pictures of {tmp_path}, which cannot be read: a.png, c0.jpg, c1.jpg, 2 more"
+    folder(tmp_path)  # such as for the other split
+    assert len(caplog.messages) == 1
+
+
 def test_a_source_column_and_a_cartoonizer_exclude_each_other(picture):
     rows = [{"a": picture(16, 16), "b": picture(16, 16)}]
     with pytest.raises(ValueError, match=r"must not both be given, got 'a' and 'bilateral'.*leave one of them out"):
@@ -180,10 +197,14 @@ def test_wrong_pairs_are_named(tmp_path, picture):
     with pytest.raises(ValueError, match=r"odd\.png is 31x16 pixels, but .* make a picture of even width: for photog"):
         SideBySideFolder(tmp_path, any_shape=True)
     (tmp_path / "a.png").write_text("no picture")
-    with pytest.raises(ValueError, match=r"a\.png is no picture that can be read; mend it or take it out"):
-        SideBySideFolder(tmp_path)
-    with pytest.raises(ValueError, match=r"a\.png is no picture"):
-        PictureFolder(tmp_path)[0]
+    (tmp_path / "odd.png").unlink()
+    for folder in (PictureFolder, SideBySideFolder):
+        with pytest.raises(ValueError, match=r"None of 1 pictures of .* can be read: a\.png"):
+            folder(tmp_path)
+        with pytest.raises(FileNotFoundError, match=r"nope does not exist; name a folder"):
+            folder("nope")
+        with pytest.raises(NotADirectoryError, match=r"a\.png is a file, not a folder; name the folder"):
+            folder(tmp_path / "a.png")
     with pytest.raises(ValueError, match='"left" or "right", got \'top\''):
         SideBySideFolder(tmp_path, "top")
 

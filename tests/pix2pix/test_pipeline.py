@@ -4,6 +4,7 @@ import base64
 import threading
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -167,6 +168,15 @@ def test_a_broken_file_does_not_stop_the_batch(pipe, picture_folder, expected, b
         pipe(str(text))
     with pytest.raises(ImageToImageError, match="imagesab: no such file, and neither a URL nor the base64 of an"):
         pipe("imagesab")  # decodes as base64, but to no image
+    for kind, what in ((None, "NoneType"), (3, "int")):
+        with pytest.raises(ImageToImageError, match=rf"\({what}: an image must be a path, URL, .*\)\.$"):
+            pipe(kind)
+    with pytest.raises(ImageToImageError, match=r"^The input could not be translated \(bytes: no picture\)\.$"):
+        pipe(b"no image")
+    with pytest.raises(ImageToImageError, match=r"\([^(]*cut\.png: no readable picture: image file is truncated"):
+        pipe(str(cut))
+    with pytest.raises(ImageToImageError, match=r"\(nowhere\.png: No such file or directory\)"):
+        pipe(Path("nowhere.png"))
 
 
 def test_a_broken_file_in_a_stream_is_named_at_its_end(pipe, picture_folder, expected):

@@ -15,7 +15,8 @@ from PIL import Image
 from torch import nn
 
 from hf_efficient import Pix2PixConfig, Pix2PixModel, cartoonize, evaluate_robustness
-from hf_efficient.pix2pix.robustness_pix2pix import IDENTITY
+from hf_efficient.pix2pix.report_pix2pix import plot_title
+from hf_efficient.pix2pix.robustness_pix2pix import IDENTITY, RobustnessReport
 
 
 pytest.importorskip("cv2")
@@ -168,6 +169,19 @@ def test_turned_and_deep_photographs_are_read_as_they_are_seen(tiny_model, pictu
     assert odd.rows == plain.rows
 
 
+def test_a_folder_by_its_path_and_one_method_by_its_name(tiny_model, picture, tmp_path):
+    picture(24, 24).save(tmp_path / "a.png")
+    settings = {"severities": (3,), "num_samples": 0}
+    by_path = evaluate_robustness(tiny_model, tmp_path, methods="palette", **settings)
+    listed = evaluate_robustness(tiny_model, [picture(24, 24)], methods=["palette"], **settings)
+    assert by_path.rows == listed.rows
+    assert evaluate_robustness(tiny_model, str(tmp_path), methods="palette", severities=3).rows == listed.rows
+    with pytest.raises(FileNotFoundError, match="nope does not exist; name a folder of pictures"):
+        evaluate_robustness(tiny_model, "nope")
+    with pytest.raises(ValueError, match=r"got \['sketch'\]"):
+        evaluate_robustness(tiny_model, tmp_path, methods="sketch")
+
+
 def test_a_figure_that_one_photograph_lacks_is_the_mean_of_the_others(tiny_model, picture):
     black, settings = Image.new("RGB", (24, 24)), {"methods": ["palette"], "severities": (3,)}
     both = evaluate_robustness(tiny_model, [black, picture(24, 24)], **settings).rows[0]
@@ -199,12 +213,18 @@ def test_the_report_is_written(report, tmp_path):
     assert text.count("<img ") == 6
     assert text.count('<svg viewBox="0 0 360 236"') == 5
     assert 'class="home"' in text
+    assert text.count("PSNR (dB), higher is better; none for identical images</figcaption>") == 1
+    assert text.count("none for identical images") == 1
     ticks = re.findall(r'text-anchor="end">([^<]+)<', text)
     assert len(ticks) == 15
     assert max(map(len, ticks)) <= 8  # wider ones would be cut off at the left; 1 - 0.9999999 is written as 0
     for tag in ("table", "figure", "svg", "main", "ul"):
         assert len(re.findall(rf"<{tag}[ >]", text)) == text.count(f"</{tag}>"), tag
     assert Image.open(page.parent / "robustness.png").size[0] > 800
+    titles = [name for name in report.figures if "\n(none for identical images)" in plot_title(report, name)]
+    assert titles == ["psnr"]
+    whole = RobustnessReport([row for row in report.rows if row["psnr"] is not None], 4)
+    assert plot_title(whole, "psnr") == "PSNR (dB)"
     for value in ("0.00136", "0.00622", "0.01052"):
         assert value in text
     assert all(math.isfinite(entry["value"]) for entry in report.metrics("photos", "test"))

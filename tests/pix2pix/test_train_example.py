@@ -104,7 +104,11 @@ def test_wrong_input_is_one_sentence_and_exit_code_2(train, table, photographs, 
             "holds neither test.parquet, nor a folder test of pictures, nor pict",
         ),
         (["--dataset", f"{table}/train.parquet"], "is a file; name the folder that holds it"),
-        (["--dataset", table], "--target must be one of the columns photo, drawing, got 'image'"),
+        (
+            ["--dataset", table],
+            "--target must be one of the columns photo, drawing, got 'image', its default: give --t",
+        ),
+        (["--dataset", table, "--target", "x"], "--target must be one of the columns photo, drawing, got 'x'."),
         (["--dataset", table, "--target", "photo", "--source", "x"], "--source must be one of the columns"),
         (["--dataset", table, "--target", "photo", "--direction", "AtoB"], "--direction is for a folder of A|B"),
         (["--dataset", one, "--cartoonizer", "palette"], "holds one picture, which is the test"),
@@ -131,6 +135,16 @@ def test_help_names_the_defaults_that_there_are(train, capsys):
     assert "    python examples/pix2pix_train.py --dataset DIR/photos" in text  # lines stay as they are
     for default in ("200", "128", "100.0", "vanilla", "runs/pix2pix_train"):
         assert f"(default: {default})" in text
+    words = " ".join(text.split())
+    for option in (
+        "--generator {unet,resnet_6blocks,resnet_9blocks}",
+        "--norm {instance,batch,none}",
+        "--gan-loss {vanilla,lsgan,hinge,none}",
+        "--cartoonizer {bilateral,palette,mean_shift}",
+    ):
+        assert option in words
+    for default in ("augmentation (default: 0)", "0 = off (default: 0.0)"):
+        assert default in words
     assert "(default: None)" not in text
     assert "(default: False)" not in text
 
