@@ -10,7 +10,7 @@ means wrong input, with one sentence that says what to change.
     python examples/pix2pix_train.py --dataset DIR/my_ab_pictures
 
 Writes previews while it trains, then `model/`, `results.json` (PSNR and SSIM on the test pairs) and `samples.png`. To
-expect on facades (`--channels 32 --epochs 100` as well, an hour on one core): windows, doors, balconies and roofs where
+expect on facades (with `--channels 32 --epochs 100`, an hour on one core): windows, doors, balconies and roofs where
 the labels have them, in colours of its own; 12.9 dB (examples/results/pix2pix_facades.json, AMD EPYC, 2026-11-25).
 """
 
