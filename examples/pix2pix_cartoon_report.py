@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from hf_efficient import Pix2PixImageProcessor, Pix2PixModel, evaluate_robustness
 from hf_efficient.hub import write_results
 from hf_efficient.pix2pix.figures_pix2pix import save_picture
@@ -205,7 +207,7 @@ def make_results(
         "usage": USAGE,
         "tables": tables,
         "pictures": [
-            {"file": "samples.png", "caption": "test photographs: cartoons of severity 0 to 5, below them translated"},
+            {"file": "samples.jpg", "caption": "test photographs: cartoons of severity 0 to 5, below them translated"},
             {"file": "robustness.png", "caption": "every figure by severity, model and cartoonizer"},
         ],
         "metrics": metrics,
@@ -234,11 +236,10 @@ def write_checkpoint(args: argparse.Namespace, model: Pix2PixModel, results: dic
 
     first = results["runs"][0]
     args.card.mkdir(parents=True, exist_ok=True)
-    for name, folder in (("robustness.png", args.output), ("samples.png", args.output)):
-        source = folder / "robustness" / name
-        if name == "samples.png":
-            source = folder / "robustness" / f"samples_{first['cartoonizer']}__{first['run']}.png"
-        shutil.copyfile(source, args.card / name)
+    plots = args.output / "robustness"
+    shutil.copyfile(plots / "robustness.png", args.card / "robustness.png")
+    with Image.open(plots / f"samples_{first['cartoonizer']}__{first['run']}.png") as sheet:
+        save_picture(sheet.convert("RGB"), args.card / "samples.jpg")
     sample = cartoonize(photos[0][args.column], method=first["cartoonizer"], strength=args.strength)
     save_picture(sample, args.card / "sample.png")
     model.half().save_pretrained(args.card)
