@@ -162,10 +162,14 @@ class _Handler(BaseHTTPRequestHandler):
             return self._send({"error": "Revision not found"}, 404, {"X-Error-Code": "RevisionNotFound"})
         files = store["commits"][sha]
         if rest[:1] == ["tree"]:
+            folder = "".join(f"{part}/" for part in rest[2:])
             tree = [
                 {"type": "file", "path": name, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
                 for name, content in files.items()
+                if name.startswith(folder)
             ]
+            if folder and not tree:
+                return self._send({"error": "Entry not found"}, 404, {"X-Error-Code": "EntryNotFound"})
             return self._send(tree)
         siblings = [{"rfilename": name} for name in files]
         return self._send(
