@@ -97,22 +97,32 @@ def generator_loss(fake: Tensor, gan_loss: str) -> Tensor:
     return (fake - 1).square().mean() if gan_loss == "lsgan" else F.softplus(-fake).mean()
 
 
-def score_pairs(discriminator: nn.Module, source: Tensor, target: Tensor, fakes: tuple[Tensor, Tensor]) -> tuple:
-    """Score real and generated pairs, in one pass where that is exact.
+def score_pairs(
+    discriminator: nn.Module,
+    source: Tensor,
+    target: Tensor,
+    fakes: tuple[Tensor, Tensor],
+    one_pass: bool | None = None,
+) -> tuple:
+    """Score real and generated pairs, in one pass where that is exact and faster.
 
-    Instance norm treats each image alone, so both halves may share a batch; batch norm would mix their statistics.
+    Instance norm treats each image alone, so both halves may share a batch; batch norm would mix their statistics. A
+    CPU is no faster with the larger batch: `train_step_share` of `examples/pix2pix_benchmark.py`.
 
     Args:
         discriminator ([`Pix2PixDiscriminator`], also wrapped): The network.
         source (`torch.FloatTensor` of shape `(batch, channels, height, width)`): Conditions of the real pairs.
         target (`torch.FloatTensor` of shape `(batch, channels, height, width)`): Real images.
         fakes (`tuple[torch.FloatTensor, torch.FloatTensor]`): Conditions and images of the generated pairs.
+        one_pass (`bool`, *optional*): Whether both share a pass where it is exact; left out, unless on a CPU.
 
     Returns:
         `tuple[torch.FloatTensor, torch.FloatTensor]`: Scores of real and of generated pairs.
     """
     norm = getattr(discriminator, "module", discriminator).norm
-    if norm == "batch":
+    if one_pass is None:
+        one_pass = source.device.type != "cpu"
+    if norm == "batch" or not one_pass:
         return discriminator(source, target), discriminator(*fakes)
     scores = discriminator(torch.cat([source, fakes[0]]), torch.cat([target, fakes[1].to(target.dtype)]))
     return scores[: len(source)], scores[len(source) :]

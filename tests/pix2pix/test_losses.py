@@ -27,8 +27,12 @@ def test_real_and_generated_pairs_share_a_pass_only_where_that_is_exact(norm):
     calls = []
     network.register_forward_hook(lambda *_: calls.append(1))
     source, real, fake = (torch.randn(2, 3, 16, 16) for _ in range(3))
-    scores = score_pairs(network, source, real, (source, fake))
+    scores = score_pairs(network, source, real, (source, fake), one_pass=True)
     assert len(calls) == (2 if norm == "batch" else 1)
+    del calls[:]
+    apart = score_pairs(network, source, real, (source, fake))
+    assert len(calls) == 2, "on a CPU one pass is no faster"
+    torch.testing.assert_close(apart, scores, atol=1e-5, rtol=0)
     for score, target in zip(scores, (real, fake)):
         torch.testing.assert_close(score, network(source, target), atol=1e-5, rtol=0)
 
