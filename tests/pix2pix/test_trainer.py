@@ -192,15 +192,15 @@ def test_the_discriminator_is_shown_the_pairs_of_the_pool(tmp_path):
     run = trainer(tmp_path, model=model, discriminator=discriminator, max_steps=12, pool_size=2, seed=3)
     made, shown = [], []
     model.register_forward_hook(lambda _, given, output: made.append((given[0], output.reconstruction.detach())))
-    discriminator.register_forward_pre_hook(lambda _, given: shown.append(given) if len(given[0]) == 2 else None)
+    discriminator.register_forward_pre_hook(lambda _, given: shown.append(given))
     run.train()
     pool = ImagePool(2, seed=3)
     expected = [pool.query(*pair) for pair in made]
     assert any(not torch.equal(pair[1], given[1]) for pair, given in zip(made, expected))  # not always the latest
-    assert len(shown) == 12
-    for (sources, targets), (source, output) in zip(shown, expected):  # one real and one generated pair
-        assert torch.equal(sources[1:], source)
-        assert torch.equal(targets[1:], output)
+    assert len(shown) == 36  # a step: the real pair, the generated one, the latest one for the generator
+    for (sources, images), (source, output) in zip(shown[1::3], expected):
+        assert torch.equal(sources, source)
+        assert torch.equal(images, output)
 
 
 def test_it_learns(tmp_path):
