@@ -269,6 +269,9 @@ trainer.model.masks = lambda: masks.append(draw()) or masks[-1]
 trainer.train()
 torch.save({"gradients": seen.steps, "masks": [mask.detach() for mask in masks]},
            f"{sys.argv[1]}/result-{sys.argv[4]}-{args.process_index}.pt")
+if args.world_size > 1:  # a process that ends with gloo's threads running may abort
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
 """
 
 
