@@ -133,7 +133,8 @@ def test_the_comparison_goes_on_where_it_was(repository, tmp_path):
     """Two arms, started anew: nothing is trained twice, and a run that only lacks its result is measured alone."""
     script = repository / "examples" / "kdfs_prune_cifar.py"
     code = (
-        "import sys, tempfile; tempfile.mkdtemp = lambda **_: sys.argv[-1]; sys.argv.pop()\n"
+        "import sys, tempfile; out, make = sys.argv.pop(), tempfile.mkdtemp\n"
+        "tempfile.mkdtemp = lambda **kw: out if kw['prefix'] == 'kdfs_cifar_' else make(**kw)\n"
         f"sys.path.insert(0, {str(script.parent)!r}); import runpy\n"
         f"runpy.run_path({str(script)!r}, run_name='__main__')"
     )
