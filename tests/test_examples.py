@@ -64,8 +64,9 @@ def run(path: Path, *arguments: str, cwd: Path, timeout: float = 600) -> subproc
 
 
 def options(path: Path) -> set[str]:
-    """The long options a script adds to its parser, read from the source."""
+    """The long options a script adds to its parser, read from the source, without those it calls itself with."""
     calls = [node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Call)]
+    calls = [call for call in calls if not any("SUPPRESS" in ast.dump(keyword) for keyword in call.keywords)]
     words = [argument.value for call in calls for argument in call.args if isinstance(argument, ast.Constant)]
     return {word for word in words if isinstance(word, str) and re.fullmatch(r"--[a-z][a-z-]*", word)}
 
