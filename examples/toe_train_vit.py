@@ -11,7 +11,7 @@ of every arm and the core-hours to expect.
     python examples/toe_train_vit.py --dataset DIR/cifar10 --compare --output RUNS --results KEEP --final --card CARD
 
 The first line is for choices, made on the last 5,000 training rows. The second takes ten runs for CIFAR-10, of one to
-two core-hours each, or with `--bf16` half of one where the CPU multiplies bfloat16 (`--time 3` measures yours); each
+two core-hours each, or with `--bf16` half to 0.7 where the CPU multiplies bfloat16 (`--time 3` measures yours); each
 ends on the test split, read behind `--final` alone. To expect: ToE close to 1.29 times as fast as full tokens, the
 bound by multiply-adds that the script prints, at the accuracy of full tokens, above random drop. The recipe is a usual
 one for small ViTs from scratch: AdamW at 1e-3, weight decay 0.05, batches of 128, a tenth of the training to warm up,

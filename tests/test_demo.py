@@ -300,7 +300,6 @@ def generator(tmp_path) -> str:
 
 
 def test_cartoon_and_back(generator, photo):
-    pytest.importorskip("cv2")
     cartoon, translated, page = Pix2PixDemo(generator).run(photo, "palette", 3)
     assert cartoon.size == translated.size == (48, 32)
     assert len(cartoon.getcolors(10_000)) < len(read_picture(photo).resize((48, 32)).getcolors(10_000))
@@ -311,7 +310,6 @@ def test_cartoon_and_back(generator, photo):
 
 
 def test_cartoon_without_a_checkpoint(photo):
-    pytest.importorskip("cv2")
     cartoon, translated, page = Pix2PixDemo().run(photo, "bilateral", 3)
     assert cartoon.size == (384, 256)
     assert translated is None
@@ -326,7 +324,6 @@ def test_cartoon_without_a_checkpoint(photo):
 
 @pytest.fixture
 def page_module():
-    pytest.importorskip("gradio")
     from hf_efficient.demo import page_demo
 
     return page_demo

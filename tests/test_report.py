@@ -402,7 +402,6 @@ def test_verdict(speedups, cpu, costs, verdict, gains):
 
 
 def test_json_table_and_picture(tmp_path):
-    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     report = efficiency_report(nn.Linear(4, 5), {"input": torch.zeros(3, 4)}, nn.Linear(4, 5), repeats=5)
     values = report.to_dict()
     assert json.loads(json.dumps(values, allow_nan=False)) == values

@@ -280,7 +280,6 @@ def test_code_beside_a_source_is_never_run(llava, tmp_path, monkeypatch):
 
 def test_pictures_of_a_folder_are_written_below_dest(tmp_path):
     """Names are taken relative to the source, also behind a link that leads elsewhere."""
-    pytest.importorskip("cv2")
     from PIL import Image
 
     from hf_efficient import cli

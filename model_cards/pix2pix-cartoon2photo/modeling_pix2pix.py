@@ -111,7 +111,7 @@ class Pix2PixUpConv(nn.ConvTranspose2d):
         small = not plain and x.device.type == "cpu" and batch * height * width <= self.max_pixels
         if not small or x.dtype != torch.float32:
             return super().forward(x)
-        patches = self.weight.view(channels, -1).t() @ x.reshape(batch, channels, height * width)
+        patches = self.weight.reshape(channels, -1).t() @ x.reshape(batch, channels, height * width)
         y = F.fold(patches, (2 * height, 2 * width), 4, padding=1, stride=2)
         return y if self.bias is None else y + self.bias.view(1, -1, 1, 1)
 

@@ -101,7 +101,6 @@ AutoModelForImageClassification.register(PlainConfig, PlainNetwork, exist_ok=Tru
 
 
 def _timm(architecture: str, **model_args: Any) -> nn.Module:
-    pytest.importorskip("timm", reason="timm is not installed")
     from transformers import TimmWrapperConfig, TimmWrapperForImageClassification
 
     config = TimmWrapperConfig(architecture=architecture, num_labels=5, model_args=model_args or None)

@@ -42,7 +42,6 @@ def run(material, tmp_path, *more):
 
 
 def test_prune(material, tmp_path, capsys):
-    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     report_file = tmp_path / "report.json"
     more = ["--target-flops-reduction", "0.4", "--json", str(report_file)]
     assert run(material, tmp_path, *more) == 0

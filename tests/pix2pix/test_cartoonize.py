@@ -3,6 +3,7 @@
 import time
 from itertools import pairwise
 
+import cv2
 import datasets
 import numpy as np
 import pytest
@@ -12,14 +13,14 @@ from hf_efficient import cartoonize
 from hf_efficient.pix2pix import cartoonize_pix2pix
 
 
-cv2 = pytest.importorskip("cv2")
 METHODS = ("bilateral", "palette", "mean_shift")
 
 
 @pytest.fixture(scope="module")
 def photo() -> Image.Image:
     """The astronaut that scikit-image ships (NASA, public domain), 128x128."""
-    data = pytest.importorskip("skimage.data")
+    from skimage import data
+
     return Image.fromarray(data.astronaut()).resize((128, 128), Image.Resampling.LANCZOS)
 
 

@@ -154,7 +154,6 @@ def test_the_installed_package_needs_no_torchvision(saved, clean_process):
 
 @pytest.mark.slow
 def test_loads_where_the_package_is_missing_and_torchvision_is_there(saved, tmp_path, clean_process):
-    pytest.importorskip("torchvision")
     (tmp_path / "again").mkdir()
     assert "all loaded" in clean_process(CLEAN, *saved, tmp_path / "again").stdout
 

@@ -15,9 +15,6 @@ from hf_efficient import cartoonize
 from hf_efficient.cli import main
 
 
-pytest.importorskip("cv2")
-
-
 @pytest.fixture
 def checkpoint(tmp_path, tiny_model):
     tiny_model.save_pretrained(tmp_path / "checkpoint")
@@ -59,7 +56,6 @@ def test_results_of_an_earlier_run_are_no_sources(tmp_path, picture_folder):
 
 
 def test_a_path_with_an_equals_sign_is_a_path(tmp_path, picture_folder, tiny_model):
-    pytest.importorskip("torchmetrics")
     folder = tmp_path / "lr=0.1"
     tiny_model.save_pretrained(folder)
     picture = picture_folder / "0.png"
@@ -200,7 +196,6 @@ def test_transparency_stays_where_the_format_has_it(tmp_path, picture, checkpoin
 
 
 def test_robustness_passes_over_a_broken_and_a_tiny_photograph(tmp_path, picture_folder, checkpoint, capsys):
-    pytest.importorskip("torchmetrics")
     (picture_folder / "0a.png").write_text("no picture")
     settings = ["--methods", "palette", "--severities", "0", "--output", str(tmp_path / "out"), "--quiet"]
     assert main(["robustness", checkpoint, str(picture_folder), *settings, "--json", str(tmp_path / "r.json")]) == 3
@@ -214,7 +209,6 @@ def test_robustness_passes_over_a_broken_and_a_tiny_photograph(tmp_path, picture
 
 
 def test_robustness_writes_a_report(tmp_path, picture_folder, checkpoint, picture):
-    pytest.importorskip("torchmetrics")
     import datasets
 
     out, settings = tmp_path / "out", ["--methods", "palette", "--severities", "0", "5", "--quiet"]

@@ -1,12 +1,10 @@
 """The `evaluate` modules load by path and equal torchmetrics."""
 
+import evaluate
 import numpy as np
 import pytest
 import torch
-
-
-evaluate = pytest.importorskip("evaluate")
-functional = pytest.importorskip("torchmetrics.functional.image")
+import torchmetrics.functional.image as functional
 
 
 @pytest.fixture

@@ -260,8 +260,8 @@ def test_the_smallest_image_gets_one_score(receptive_field):
     ],
 )
 def test_onnx_gives_the_answers_of_the_chosen_mode(tmp_path, generator, norm, stats):
-    onnxruntime = pytest.importorskip("onnxruntime")
-    pytest.importorskip("onnxscript")
+    import onnxruntime
+
     fields = {"generator": generator, "norm": norm, "inference_stats": stats}
     model = awaken(Pix2PixModel(Pix2PixConfig(num_levels=4, base_channels=4, image_size=16, **fields))).eval()
     model.config.return_dict = False
@@ -286,10 +286,18 @@ def test_onnx_gives_the_answers_of_the_chosen_mode(tmp_path, generator, norm, st
 
 @pytest.mark.parametrize("generator", ["unet", "resnet_6blocks"])
 def test_dropout_that_onnx_would_lose_is_refused(tmp_path, generator):
-    pytest.importorskip("onnxscript")
     config = Pix2PixConfig(generator=generator, num_levels=6, base_channels=1, image_size=64, inference_dropout=True)
     model, file = Pix2PixModel(config).eval(), tmp_path / "model.onnx"
     with pytest.raises(Exception, match="`inference_dropout` must be False for an export to ONNX, got True"):
         torch.onnx.export(model, (random_images(1, 3, 64, 64),), file, dynamo=True, verbose=False)
     assert not file.exists()
     assert model(random_images(1, 3, 64, 64)).reconstruction.shape == (1, 3, 64, 64)
+
+
+def test_weights_may_lie_channels_last():
+    model = Pix2PixModel(Pix2PixConfig(num_levels=4, base_channels=4, image_size=32)).eval()
+    pixels = torch.randn(1, 3, 32, 32)
+    expected = model(pixels).reconstruction
+    model.to(memory_format=torch.channels_last)
+    found = model(pixels.to(memory_format=torch.channels_last)).reconstruction
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)

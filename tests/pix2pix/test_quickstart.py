@@ -8,8 +8,6 @@ from hf_efficient.pix2pix import quickstart_pix2pix
 
 
 def test_the_part_translates_the_embedded_photographs(tmp_path):
-    pytest.importorskip("cv2")
-    pytest.importorskip("skimage")
     model = Pix2PixModel(Pix2PixConfig(num_levels=3, base_channels=4, image_size=32))
     model.save_pretrained(tmp_path / quickstart_pix2pix.CHECKPOINT)
     part = quickstart_pix2pix.run(tmp_path, tmp_path)

@@ -11,16 +11,13 @@ import datasets
 import numpy as np
 import pytest
 import torch
+import torchmetrics
 from PIL import Image
 from torch import nn
 
 from hf_efficient import Pix2PixConfig, Pix2PixModel, cartoonize, evaluate_robustness
 from hf_efficient.pix2pix.report_pix2pix import plot_title
 from hf_efficient.pix2pix.robustness_pix2pix import IDENTITY, RobustnessReport
-
-
-pytest.importorskip("cv2")
-torchmetrics = pytest.importorskip("torchmetrics")
 
 
 class Colours(nn.Module):

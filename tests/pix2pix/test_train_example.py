@@ -10,8 +10,6 @@ import pytest
 from hf_efficient import cartoonize
 
 
-pytest.importorskip("cv2")
-pytest.importorskip("torchmetrics")
 SMALL = ["--size", "16", "--channels", "1", "--epochs", "1", "--receptive-field", "16", "--preview-steps", "0"]
 
 
