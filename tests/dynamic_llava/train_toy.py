@@ -99,9 +99,10 @@ def main():
         after = {name: value.detach() for name, value in trainer.model.named_parameters()}
         log = trainer.state.log_history[0]
         torch.save({"before": before, "after": after, "log": log}, Path(options.output) / "result.pt")
-    if args.world_size > 1:  # a process that ends with gloo's threads running may abort
+    if args.world_size > 1:
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
+        os._exit(0)  # DistributedDataParallel holds gloo's threads, and those may abort while the interpreter ends
 
 
 if __name__ == "__main__":

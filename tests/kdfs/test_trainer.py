@@ -243,7 +243,7 @@ def test_unknown_settings_are_refused(tmp_path):
 
 
 DISTRIBUTED = """
-import copy, sys
+import copy, os, sys
 sys.path.insert(0, sys.argv[2])
 import torch
 from transformers import TrainingArguments
@@ -269,9 +269,10 @@ trainer.model.masks = lambda: masks.append(draw()) or masks[-1]
 trainer.train()
 torch.save({"gradients": seen.steps, "masks": [mask.detach() for mask in masks]},
            f"{sys.argv[1]}/result-{sys.argv[4]}-{args.process_index}.pt")
-if args.world_size > 1:  # a process that ends with gloo's threads running may abort
+if args.world_size > 1:
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
+    os._exit(0)  # DistributedDataParallel holds gloo's threads, and those may abort while the interpreter ends
 """
 
 

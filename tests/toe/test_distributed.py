@@ -10,6 +10,7 @@ import pytest
 
 SCRIPT = """
 import json
+import os
 import sys
 
 import torch
@@ -44,6 +45,7 @@ if torch.distributed.get_rank() == 0:
     stages = [entry["toe_stage"] for entry in logs]
     json.dump({"rows": rows, "stages": stages}, open(sys.argv[1] + "/result.json", "w"))
 torch.distributed.destroy_process_group()
+os._exit(0)  # DistributedDataParallel holds gloo's threads, and those may abort while the interpreter ends
 """
 
 
