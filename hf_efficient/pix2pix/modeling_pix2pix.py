@@ -90,8 +90,9 @@ def _instance_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: f
 class Pix2PixUpConv(nn.ConvTranspose2d):
     """Transposed convolution with kernel 4, stride 2 and padding 1 that doubles height and width.
 
-    Modifications: on a CPU, maps of few pixels go through one matrix product, which is the same sum over the same
-    weights; for the deepest levels of a U-Net that is two to four times as fast.
+    Modifications: on a CPU, maps of few pixels and images of few channels go through one matrix product, which is the
+    same sum over the same weights; for the deepest levels of a U-Net that is two to four times as fast, for the
+    outermost one (three channels) 1.6 to 2 times.
 
     Args:
         in_channels (`int`): Channels of the input.
@@ -100,20 +101,53 @@ class Pix2PixUpConv(nn.ConvTranspose2d):
     """
 
     max_pixels = 64  # of all images of a batch together
+    max_channels = 4  # of the output
 
     def __init__(self, in_channels: int, out_channels: int, bias: bool) -> None:
         super().__init__(in_channels, out_channels, 4, 2, 1, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `(batch, in_channels, height, width)` to `(batch, out_channels, 2 * height, 2 * width)`."""
-        plain = torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu")
         batch, channels, height, width = x.shape
-        small = not plain and x.device.type == "cpu" and batch * height * width <= self.max_pixels
-        if not small or x.dtype != torch.float32:
+        small, few = batch * height * width <= self.max_pixels, self.out_channels <= self.max_channels
+        if not (small or few) or not _reorders(x):
             return super().forward(x)
-        patches = self.weight.reshape(channels, -1).t() @ x.reshape(batch, channels, height * width)
+        weight = self.weight.reshape(channels, -1).t()  # (16 * out_channels, in_channels)
+        if small:
+            patches = weight @ x.reshape(batch, channels, height * width)
+        else:
+            patches = F.conv2d(x, weight.reshape(-1, channels, 1, 1)).flatten(2)
         y = F.fold(patches, (2 * height, 2 * width), 4, padding=1, stride=2)
         return y if self.bias is None else y + self.bias.view(1, -1, 1, 1)
+
+
+class Pix2PixScore(nn.Conv2d):
+    """Convolution with kernel 4, stride 1, padding 1 and one output channel: the scores of a PatchGAN.
+
+    Modifications: on a CPU the 16 products of every pixel are made at once and then added up where they belong: the
+    same sum over the same weights, four times as fast.
+
+    Args:
+        in_channels (`int`): Channels of the input.
+    """
+
+    def __init__(self, in_channels: int) -> None:
+        super().__init__(in_channels, 1, 4, 1, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map `(batch, in_channels, height, width)` to `(batch, 1, height - 1, width - 1)`."""
+        if not _reorders(x):
+            return super().forward(x)
+        channels, height, width = x.shape[1:]
+        taps = self.weight.reshape(channels, 16).flip(1).t().reshape(16, channels, 1, 1)
+        products = F.conv2d(x, taps).flatten(2)  # (batch, 16, height * width)
+        return F.fold(products, (height - 1, width - 1), 4, padding=2) + self.bias.view(1, 1, 1, 1)
+
+
+def _reorders(x: Tensor) -> bool:
+    """Whether a layer may sum in another order: float32 on a CPU, outside of a compiler or exporter and autocast."""
+    plain = torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu")
+    return not plain and x.device.type == "cpu" and x.dtype == torch.float32
 
 
 def make_norm(norm: str, channels: int, per_image: bool = False) -> nn.Module:
@@ -454,7 +488,7 @@ class Pix2PixDiscriminator(nn.Module):
                 stride = 2 if layer < halvings else 1
                 layers += [nn.Conv2d(before, after, 4, stride, 1, bias=bias), make_norm(norm, after)]
                 layers += [nn.LeakyReLU(0.2, True)]
-            layers += [nn.Conv2d(width * min(2**halvings, 8), 1, 4, 1, 1)]
+            layers += [Pix2PixScore(width * min(2**halvings, 8))]
         self.layers = nn.Sequential(*layers)
         self.apply(self._init_weights)
 
@@ -467,6 +501,11 @@ class Pix2PixDiscriminator(nn.Module):
         elif isinstance(module, nn.BatchNorm2d):
             nn.init.normal_(module.weight, 1.0, 0.02)
             nn.init.zeros_(module.bias)
+
+    @property
+    def smallest_side(self) -> int:
+        """Height and width in pixels below which there is not a single score."""
+        return 3 * 2 ** RECEPTIVE_FIELDS[self.receptive_field] if self.receptive_field > 1 else 1
 
     def forward(self, source: Tensor, target: Tensor) -> Tensor:
         """Score patches.
@@ -481,10 +520,9 @@ class Pix2PixDiscriminator(nn.Module):
         Raises:
             ValueError: If the images are too small for a single score.
         """
-        smallest = 3 * 2 ** RECEPTIVE_FIELDS[self.receptive_field] if self.receptive_field > 1 else 1
-        if min(source.shape[2:]) < smallest:
+        if min(source.shape[2:]) < self.smallest_side:
             raise ValueError(
-                f"`receptive_field={self.receptive_field}` needs images of at least {smallest} pixels, got "
+                f"`receptive_field={self.receptive_field}` needs images of at least {self.smallest_side} pixels, got "
                 f"{source.shape[2]}x{source.shape[3]}; choose a smaller receptive field or larger images."
             )
         return self.layers(torch.cat([source, target], 1))
