@@ -14,6 +14,7 @@ NORMS = ("instance", "batch", "none")
 INFERENCE_STATS = ("running", "batch")
 logger = logging.get_logger(__name__)
 _LIKENESS = 0.85  # of two names, by difflib: `num_level` is a misspelling, `num_labels` is not
+_OTHER_NAMES = {"num_input_channels": "num_channels"}  # looks like `num_output_channels` but means its opposite
 
 
 class _TaskHint(dict):
@@ -131,7 +132,7 @@ class Pix2PixConfig(PreTrainedConfig):
         own = [name for name in Pix2PixConfig.__annotations__ if not name.startswith("_")]
         others = [name for name in names if name not in own and not hasattr(PreTrainedConfig, name)]
         meant = {name: get_close_matches(name.lower(), own, 1, _LIKENESS) for name in others}
-        return {name: found[0] for name, found in meant.items() if found}
+        return {name: _OTHER_NAMES.get(name.lower(), found[0]) for name, found in meant.items() if found}
 
     @classmethod
     def _refuse_misspelt(cls, names: Iterable[str]) -> None:
