@@ -98,8 +98,9 @@ class ImageToImagePipeline(Pipeline):
     def __call__(self, inputs: Any, **kwargs: Any) -> Image.Image | list[Image.Image] | Iterator[Image.Image | None]:
         """Translate images; each output has the size of its input (times the scale of an upscaling model).
 
-        Outputs are opaque: what is transparent in an input is laid over white, because the networks see no alpha.
-        `hf-efficient translate` gives each result the alpha channel of its file back.
+        Outputs are RGB, or grey where the model gives one channel, whatever the mode of the input, also of an opaque
+        RGBA picture: what is transparent is laid over white, because the networks see no alpha. `hf-efficient
+        translate` gives each result the alpha channel of its file back where some of it is transparent.
 
         Args:
             inputs (`str`, `Path`, `PIL.Image.Image`, `np.ndarray`, `torch.Tensor` or a collection of them): Paths,
