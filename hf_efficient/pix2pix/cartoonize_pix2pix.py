@@ -15,6 +15,7 @@ from .image_processing_pix2pix import deep_to_grey
 METHODS = ("bilateral", "palette", "mean_shift")
 MAX_STRENGTH = 5
 _CHUNK = 2**18  # pixels compared with the palette at a time: bounds the memory of large photographs
+_SMALLEST_PYRAMID = 8  # pixels of the shorter side: below, a picture of half the size is nothing but a blur
 _WORKING_SIDE = 256  # pixels; larger images are filtered at this shorter side, so a strength looks alike at any size
 
 
@@ -158,7 +159,8 @@ def _mean_shift(cv2: Any, rgb: np.ndarray, strength: int) -> np.ndarray:
     """Melt pixels within a radius in space and colour that grows with `strength`."""
     criteria = (cv2.TERM_CRITERIA_EPS + cv2.TERM_CRITERIA_MAX_ITER, 3, 1)
     radius, colours = (3 + strength) // 2 + 1, 6 + 8 * strength
-    small = cv2.pyrMeanShiftFiltering(_shrink(cv2, rgb), sp=radius, sr=colours, maxLevel=1, termcrit=criteria)
+    levels = int(min(rgb.shape[:2]) >= _SMALLEST_PYRAMID)
+    small = cv2.pyrMeanShiftFiltering(_shrink(cv2, rgb), sp=radius, sr=colours, maxLevel=levels, termcrit=criteria)
     return _grow(cv2, small, rgb)
 
 

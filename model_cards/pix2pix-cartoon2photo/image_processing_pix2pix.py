@@ -13,6 +13,9 @@ from transformers.processing_utils import ImagesKwargs, Unpack
 from .configuration_pix2pix import Pix2PixConfig
 
 
+_TINY = 7  # pixels: at the edge of its padding, a shorter side would be no more than what networks draw along borders
+
+
 class Pix2PixImageProcessorKwargs(ImagesKwargs, total=False):
     """Keyword arguments of [`Pix2PixImageProcessor`] beyond the usual ones.
 
@@ -131,6 +134,9 @@ class Pix2PixImageProcessor(PilBackend):
     def pad(self, image: np.ndarray, size_divisor: int) -> np.ndarray:
         """Reflect the lower and right border until both sides are divisible.
 
+        A side below 7 pixels is laid into the middle and reflected, its borders included, on both sides: networks
+        change the colours along the edge of their input, where all of it would lie.
+
         Args:
             image (`np.ndarray` of shape `(channels, height, width)`): Any values.
             size_divisor (`int`): Divisor in pixels.
@@ -138,10 +144,15 @@ class Pix2PixImageProcessor(PilBackend):
         Returns:
             `np.ndarray` of shape `(channels, padded_height, padded_width)`.
         """
-        bottom, right = (-side % size_divisor for side in image.shape[1:])
-        if not bottom and not right:
-            return image
-        return np.pad(image, ((0, 0), (0, bottom), (0, right)), mode="reflect")
+        for axis in (1, 2):
+            side = image.shape[axis]
+            more = -side % size_divisor
+            if more:
+                before = _before(side, side + more)
+                borders = [(0, 0), (0, 0), (0, 0)]
+                borders[axis] = (before, more - before)
+                image = np.pad(image, borders, mode="symmetric" if side < _TINY else "reflect")
+        return image
 
     def _preprocess(
         self, images: list[np.ndarray], do_pad: bool, size_divisor: int, return_tensors: str | None, **kwargs: Any
@@ -195,7 +206,8 @@ class Pix2PixImageProcessor(PilBackend):
             image = image.detach().float().cpu()
             if target_sizes is not None:
                 height, width = self._size_inside(target_sizes[row])
-                image = image[:, :height, :width]
+                top, left = _before(height, image.shape[1]), _before(width, image.shape[2])
+                image = image[:, top : top + height, left : left + width]
             if self.do_normalize and len(image) != mean.numel():  # colours out of grey or the other way round
                 mean, std = mean.mean().view(1, 1, 1), std.mean().view(1, 1, 1)
             pixels = ((image * std + mean) / factor).clamp_(0, 255).round_().to(torch.uint8)
@@ -211,6 +223,11 @@ class Pix2PixImageProcessor(PilBackend):
         if not self.do_resize:
             return size
         return self.resize(np.zeros((1, *size), np.uint8), self.size, self.resample).shape[1:]
+
+
+def _before(side: int, padded: int) -> int:
+    """Pixels of padding above or left of an image of this height or width."""
+    return max(0, padded - side) // 2 if side < _TINY else 0
 
 
 def to_rgb(image: Image.Image | np.ndarray | torch.Tensor) -> Image.Image:

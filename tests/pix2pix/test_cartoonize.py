@@ -106,6 +106,18 @@ def test_type_size_and_alpha_stay(photo, method):
     assert [out.size for out in cartoonize([photo, photo.resize((9, 9))], method=method)] == [(128, 128), (9, 9)]
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_few_pixels_keep_their_colours(method):
+    for height, width in ((1, 1), (1, 2), (2, 2), (3, 4), (4, 4), (7, 5), (2, 40)):
+        pixels = np.full((height, width, 3), (200, 40, 30), np.uint8)
+        for strength in range(6):  # palettes are kept in Lab, which rounds
+            assert np.abs(cartoonize(pixels, method=method, strength=strength) - pixels.astype(int)).max() <= 3
+        pixels[:, width // 2 :] = (20, 60, 220)
+        assert np.array_equal(cartoonize(pixels, method=method, strength=0), pixels)
+        if method != "bilateral":  # which draws a line between the two
+            assert np.abs(cartoonize(pixels, method=method, strength=5) - pixels.astype(int)).max() <= 3
+
+
 def test_a_path_is_a_picture(photo, tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6

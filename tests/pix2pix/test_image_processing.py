@@ -34,6 +34,19 @@ def test_every_size_is_padded_by_reflection_and_comes_back(processor, picture, s
     assert np.array_equal(processor.post_process_image_to_image(pixels, [size])[0], image)
 
 
+def test_a_tiny_picture_lies_in_the_middle_of_its_padding(picture):
+    processor = Pix2PixImageProcessor(size_divisor=16)  # what a network draws along its border would be all of it
+    for height, width in ((1, 1), (2, 3), (6, 20), (20, 6)):
+        image = picture(height, width)
+        pixels = processor(image, return_tensors="pt")["pixel_values"]
+        top, left = ((-side % 16) // 2 if side < 7 else 0 for side in (height, width))
+        inside = pixels[:, :, top : top + height, left : left + width].clone()
+        torch.testing.assert_close(inside, processor(image, do_pad=False, return_tensors="pt")["pixel_values"])
+        pixels[:] = -1
+        pixels[:, :, top : top + height, left : left + width] = inside  # nothing else is taken back
+        assert np.array_equal(processor.post_process_image_to_image(pixels, [(height, width)])[0], image)
+
+
 def test_every_kind_of_image_becomes_the_same_pixels(processor, picture):
     rgb = picture(8, 8)
     array = np.asarray(rgb)
