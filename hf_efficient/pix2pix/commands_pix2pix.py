@@ -4,6 +4,7 @@ import argparse
 import logging
 import os
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -115,8 +116,8 @@ class Robustness:
     MODEL is a Hub id or a folder, or several for the matrix of models and cartoonizers; each goes by the last part of
     its path, or by the name given to it as NAME=MODEL. DATA is a folder of photographs or a parquet file with an image
     column. Writes a page that opens from disk (index.html), its figures (robustness.json), a plot and sample sheets. A
-    photograph of a folder that cannot be read or has fewer than 11 pixels on a side is named at the end and stops
-    nothing: exit code 3.
+    photograph that cannot be read or has fewer than 11 pixels on a side is named at the end, by its file or its row,
+    and stops nothing: exit code 3.
 
     Examples:
       hf-efficient robustness ./model_cards/pix2pix-cartoon2photo ./photos --output ./robustness
@@ -424,7 +425,7 @@ def _named(entry: str) -> tuple[str, str]:
 
 
 def _load_photos(data: Path, column: str, failed: list[dict[str, str]]) -> Any:
-    """Rows of photographs; what cannot be measured of a folder is noted in `failed` as the rows are read."""
+    """Rows of photographs; what cannot be measured is noted in `failed` as the rows are read."""
     import datasets
 
     from .figures_pix2pix import read_picture
@@ -437,23 +438,40 @@ def _load_photos(data: Path, column: str, failed: list[dict[str, str]]) -> Any:
             raise ValueError(f"DATA {data} is no parquet file that can be read: write it again.") from error
         if column not in table.column_names:
             raise ValueError(f"--column must be one of {', '.join(table.column_names)}, got {column!r}.")
-        return table.cast_column(column, datasets.Image())
-    files, skipped = _find_pictures(data, "DATA")
-    _say_skipped(data, skipped)
+        table = table.select_columns([column]).cast_column(column, datasets.Image())
+        names = [f"{data}, row {row}" for row in range(len(table))]
+        readers = [partial(_read_row, table, row, column) for row in range(len(table))]
+    else:
+        files, skipped = _find_pictures(data, "DATA")
+        _say_skipped(data, skipped)
+        names, readers = [str(path) for path in files], [partial(read_picture, path) for path in files]
 
     def photos() -> Iterator[dict[str, Any]]:
-        for path in files:
+        for name, read in zip(names, readers):
             try:
-                photo = read_picture(path)
+                photo = read()
             except ValueError as error:
-                failed.append({"file": str(path), "reason": str(error).removeprefix(f"{path} is ")})
+                failed.append({"file": name, "reason": str(error).removeprefix(f"{name} is ")})
                 continue
             if min(photo.size) >= SMALLEST:
                 yield {column: photo}
             else:
                 reason = f"{photo.width}x{photo.height} pixels, at least {SMALLEST} are needed"
-                failed.append({"file": str(path), "reason": reason})
-        if len(failed) == len(files):
+                failed.append({"file": name, "reason": reason})
+        if names and len(failed) == len(names):
             raise ValueError(f"DATA {data} holds no picture that can be measured: {_listed(failed)}")
 
     return photos()
+
+
+def _read_row(table: Any, row: int, column: str) -> Any:
+    """The photograph of one row; a `ValueError` says what it is instead."""
+    from .figures_pix2pix import UNREADABLE, say_unreadable
+
+    try:
+        photo = table[row][column]
+    except UNREADABLE as error:
+        raise ValueError(say_unreadable(error)) from error
+    if photo is None:
+        raise ValueError("no picture")
+    return photo

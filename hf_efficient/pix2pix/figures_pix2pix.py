@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 
 
+UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what Pillow raises for a damaged file
 _MARGIN, _TITLE = 4, 18  # pixels between pictures and for a line of text
 
 
@@ -68,10 +69,38 @@ def read_picture(path: str | os.PathLike) -> Image.Image:
     try:
         with Image.open(path) as picture:
             return ImageOps.exif_transpose(picture)
-    except UnidentifiedImageError as error:
-        raise ValueError(f"{path} is no picture") from error
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path} is no readable picture: {getattr(error, 'strerror', None) or error}") from error
+    except UNREADABLE as error:
+        raise ValueError(f"{path} is {say_unreadable(error)}") from error
+
+
+def say_unreadable(error: Exception) -> str:
+    """Say what a picture is that cannot be read.
+
+    Args:
+        error (`Exception`): One of `UNREADABLE`, raised by Pillow.
+
+    Returns:
+        `str`: Words that go on a sentence, such as "no readable picture: image file is truncated".
+    """
+    if isinstance(error, UnidentifiedImageError):
+        return "no picture"
+    return f"no readable picture: {getattr(error, 'strerror', None) or error}"
+
+
+def refuse_unreadable(where: str, error: Exception, then: str = "") -> ValueError:
+    """Build the error for an image of a data set that cannot be read.
+
+    Args:
+        where (`str`): Its row, and what else tells where it stands.
+        error (`Exception`): One of `UNREADABLE`; the words of a `ValueError` or of a missing file stay.
+        then (`str`, *optional*): What to do after the image is replaced.
+
+    Returns:
+        `ValueError`: One sentence with what to do.
+    """
+    named = isinstance(error, ValueError) or getattr(error, "filename", None)
+    what = f"{where}: {str(error).rstrip('.')}" if named else f"{where} holds {say_unreadable(error)}"
+    return ValueError(f"{what}; replace it or take it out of the data{then}.")
 
 
 def save_picture(picture: Image.Image, path: str | os.PathLike) -> Path:

@@ -14,12 +14,13 @@ from transformers.utils import logging
 
 from .cartoonize_pix2pix import MAX_STRENGTH, METHODS, cartoonize
 from .configuration_pix2pix import Pix2PixConfig
-from .figures_pix2pix import read_picture
+from .figures_pix2pix import UNREADABLE, read_picture, refuse_unreadable
 from .image_processing_pix2pix import Pix2PixImageProcessor, to_rgb
 
 
 _ENDINGS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
 _SIDE_BY_SIDE = (1.8, 2.2)  # width over height; photographs are narrower (16:9 is 1.78) or panoramas
+_THEN = ", then start again: a training goes on at its last checkpoint"
 logger = logging.get_logger(__name__)
 
 
@@ -125,8 +126,8 @@ class ImagePairs(Dataset):
         """
         try:
             record = self.rows[row]
-        except (OSError, SyntaxError) as error:
-            raise ValueError(f"Row {row} cannot be read: {error}") from error
+        except UNREADABLE as error:
+            raise refuse_unreadable(f"Row {row}", error, _THEN) from error
         target = _as_image(record[self.target_column], row, self.target_column)
         if self.source_column is None:
             return cartoonize(target, method=self.method, strength=self.strength), target
@@ -155,7 +156,7 @@ class ImagePairs(Dataset):
         return {"pixel_values": pair[0], "labels": pair[1]}
 
 
-def check_first_row(name: str, data: Any, config: Pix2PixConfig) -> None:
+def check_first_row(name: str, data: Any, config: Pix2PixConfig) -> tuple[int, ...]:
     """Refuse data that a generator cannot be trained on, as far as the first row tells.
 
     Args:
@@ -163,11 +164,14 @@ def check_first_row(name: str, data: Any, config: Pix2PixConfig) -> None:
         data (`Dataset`): Its rows; streams, which cannot be asked for a row, are not looked at.
         config ([`Pix2PixConfig`]): The generator's configuration.
 
+    Returns:
+        `tuple[int, ...]`: Height and width of its images in pixels; empty where the row does not tell.
+
     Raises:
         ValueError: If the row lacks an image, or an image has not the channels and size that the generator takes.
     """
     if not (hasattr(data, "__getitem__") and hasattr(data, "__len__")) or len(data) == 0:
-        return
+        return ()
     row = data[0]
     found = list(row) if isinstance(row, Mapping) else [f"a {type(row).__name__}"]
     if not {"pixel_values", "labels"} <= set(found):
@@ -192,6 +196,7 @@ def check_first_row(name: str, data: Any, config: Pix2PixConfig) -> None:
                 f"`{key}` of `{name}` must have a height and width divisible by {config.size_divisor} for this "
                 f"generator, got {shape[1]}x{shape[2]}; set `size={config.image_size}` in ImagePairs."
             )
+    return shape[1:] if len(shape) == 3 else ()
 
 
 class PictureFolder(Sequence):
@@ -301,8 +306,11 @@ def _check_shape(path: Path, width: int, height: int, any_shape: bool) -> None:
 
 
 def _as_image(value: Any, row: int, column: str) -> Image.Image:
-    if isinstance(value, np.ndarray):
-        return to_rgb(value)
-    if isinstance(value, Image.Image):
-        return ImageOps.exif_transpose(value)
+    try:
+        if isinstance(value, np.ndarray):
+            return to_rgb(value)
+        if isinstance(value, Image.Image):
+            return ImageOps.exif_transpose(value)  # reads it, where it was only opened
+    except UNREADABLE as error:
+        raise refuse_unreadable(f"Row {row}: the column {column!r}", error, _THEN) from error
     raise ValueError(f"Row {row}: the column {column!r} must hold images, got {type(value).__name__}.")

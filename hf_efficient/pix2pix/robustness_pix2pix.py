@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from .cartoonize_pix2pix import MAX_STRENGTH, METHODS, cartoonize
+from .figures_pix2pix import UNREADABLE, refuse_unreadable
 from .image_processing_pix2pix import to_rgb
 from .modeling_pix2pix import Pix2PixModel
 from .pairs_pix2pix import PictureFolder
@@ -289,14 +290,17 @@ def _read_photos(dataset: Iterable[Any], column: str, limit: int | None) -> list
             row = next(rows)
         except StopIteration:
             break
-        except (OSError, SyntaxError) as error:
-            raise ValueError(f"Row {len(photos)} of `dataset` cannot be read: {error}") from error
+        except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # a folder names its file itself
+            raise refuse_unreadable(f"Row {len(photos)} of `dataset`", error) from error
         if isinstance(row, dict) and column not in row:
             raise ValueError(f"`image_column` must be one of the columns {', '.join(row)}, got {column!r}.")
         image = row[column] if isinstance(row, dict) else row
         if not isinstance(image, (Image.Image, np.ndarray)):
             raise ValueError(f"`dataset` must hold images, got {type(image).__name__} in its row {len(photos)}.")
-        photos.append(to_rgb(image))
+        try:
+            photos.append(to_rgb(image))
+        except UNREADABLE as error:
+            raise refuse_unreadable(f"Row {len(photos)} of `dataset`", error) from error
         if min(photos[-1].size) < SMALLEST:
             size = f"{photos[-1].width}x{photos[-1].height}"
             raise ValueError(

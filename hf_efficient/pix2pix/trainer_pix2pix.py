@@ -117,8 +117,9 @@ class Pix2PixTrainer(PushesNoPickles, Trainer):
     Raises:
         TypeError: If `model` is no [`Pix2PixModel`], or `args` are plain [`TrainingArguments`].
         ValueError: If `discriminator` takes another number of channels than source and target have together, or the
-            first row of a data set lacks an image or has one of another shape than the generator takes; while
-            training, if the images of a pair differ in size, or a checkpoint holds other networks.
+            first row of a data set lacks an image or has one of another shape than the generator takes or, to train
+            on, too small for the discriminator; while training, if an image cannot be read, the images of a pair
+            differ in size, or a checkpoint holds other networks.
         FloatingPointError: While training, when a loss is no longer finite. The step is not applied and the model
             holds the weights of the last checkpoint.
     """
@@ -141,11 +142,12 @@ class Pix2PixTrainer(PushesNoPickles, Trainer):
         super().__init__(model=model, args=args, **kwargs)
         self.model_accepts_loss_kwargs = False
         config = model.config
+        sides: tuple[int, ...] = ()
         if kwargs.get("data_collator") is None:
             several = isinstance(self.eval_dataset, dict)
             for data in self.eval_dataset.values() if several else [self.eval_dataset]:
                 check_first_row("eval_dataset", data, config)
-            check_first_row("train_dataset", self.train_dataset, config)
+            sides = check_first_row("train_dataset", self.train_dataset, config)
         channels = config.num_channels + config.num_output_channels
         if discriminator is None:
             discriminator = Pix2PixDiscriminator(70, channels, config.base_channels, config.norm)
@@ -153,6 +155,12 @@ class Pix2PixTrainer(PushesNoPickles, Trainer):
             raise ValueError(
                 f"`discriminator` must take {channels} channels, those of source and target together, got "
                 f"{discriminator.layers[0].in_channels}; set its `num_channels`."
+            )
+        if sides and args.gan_loss != "none" and min(sides) < discriminator.smallest_side:
+            raise ValueError(
+                f"Images of `train_dataset` must be at least {discriminator.smallest_side} pixels high and wide for a "
+                f"discriminator of `receptive_field={discriminator.receptive_field}`, got {sides[0]}x{sides[1]}; "
+                "build it with a smaller receptive field or take larger images."
             )
         self.discriminator = self.discriminator_wrapped = discriminator.to(args.device)
         self.discriminator_optimizer = self.discriminator_scheduler = None

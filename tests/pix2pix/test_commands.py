@@ -208,6 +208,32 @@ def test_robustness_passes_over_a_broken_and_a_tiny_photograph(tmp_path, picture
     assert (tmp_path / "out" / "index.html").is_file()
 
 
+def test_robustness_passes_over_damaged_rows_of_a_table(tmp_path, checkpoint, picture, capsys):
+    import datasets
+
+    picture(40, 40).save(tmp_path / "whole.png")
+    picture(40, 9).save(tmp_path / "tiny.png")
+    whole, tiny = ((tmp_path / name).read_bytes() for name in ("whole.png", "tiny.png"))
+    cells = [whole[: len(whole) // 2], whole, b"no picture", tiny, None, whole]
+    records = [None if cell is None else {"bytes": cell, "path": None} for cell in cells]
+    table = datasets.Dataset.from_dict({"image": records}).cast_column("image", datasets.Image())
+    data = str(tmp_path / "photos.parquet")
+    table.to_parquet(data)
+    settings = ["--methods", "palette", "--severities", "0", "--output", str(tmp_path / "out"), "--quiet"]
+    assert main(["robustness", checkpoint, data, *settings, "--json", str(tmp_path / "r.json")]) == 3
+    error = capsys.readouterr().err
+    assert "incomplete: 2 photographs were measured; left out: " in error
+    assert f"{data}, row 0: no readable picture: image file is truncated" in error
+    result = json.loads((tmp_path / "r.json").read_text())
+    assert result["images"] == 2
+    assert [entry["file"] for entry in result["failed"]] == [f"{data}, row {row}" for row in (0, 2, 3, 4)]
+    reasons = ["no picture", "9x40 pixels, at least 11 are needed", "no picture"]
+    assert [entry["reason"] for entry in result["failed"]][1:] == reasons
+    table.select([0, 2]).to_parquet(data)
+    assert main(["robustness", checkpoint, data, *settings]) == 2
+    assert f"DATA {data} holds no picture that can be measured: {data}, row 0: no read" in capsys.readouterr().err
+
+
 def test_robustness_writes_a_report(tmp_path, picture_folder, checkpoint, picture):
     import datasets
 

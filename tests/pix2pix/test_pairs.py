@@ -1,5 +1,7 @@
 """Pairs from two columns, from one column and a cartoonizer, and from a folder of A|B pictures."""
 
+import re
+
 import datasets
 import numpy as np
 import pytest
@@ -181,7 +183,7 @@ def test_wrong_pairs_are_named(tmp_path, picture):
     with pytest.raises(ValueError, match="Row 0: the column 'a' must hold images, got str"):
         ImagePairs([{"a": "file.png"}], "a")[0]
     table = datasets.Dataset.from_dict({"a": [{"bytes": b"no picture", "path": None}]})
-    with pytest.raises(ValueError, match="Row 0 cannot be read: cannot identify image file"):
+    with pytest.raises(ValueError, match=r"^Row 0 holds no picture; replace it or take it out of the data, then sta"):
         ImagePairs(table.cast_column("a", datasets.Image()), "a")[0]
     with pytest.raises(ValueError, match="at least one pair"):
         ImagePairs([], "a")
@@ -207,6 +209,29 @@ def test_wrong_pairs_are_named(tmp_path, picture):
             folder(tmp_path / "a.png")
     with pytest.raises(ValueError, match='"left" or "right", got \'top\''):
         SideBySideFolder(tmp_path, "top")
+
+
+def test_a_picture_that_is_damaged_behind_its_header_is_named(tmp_path, picture):
+    for name in ("a", "b"):
+        picture(200, 200).save(tmp_path / f"{name}.png")
+    data = (tmp_path / "b.png").read_bytes()
+    (tmp_path / "b.png").write_bytes(data[: len(data) // 2])
+    records = [{"bytes": path.read_bytes(), "path": None} for path in sorted(tmp_path.iterdir())]
+    table = datasets.Dataset.from_dict({"image": records}).cast_column("image", datasets.Image())
+    opened = [{"image": Image.open(tmp_path / name)} for name in ("a.png", "b.png")]
+    remedy = "; replace it or take it out of the data, then start again: a training goes on at its last checkpoint."
+    for rows, where in (
+        (opened, "Row 1: the column 'image' holds no readable picture: image file is truncated"),
+        (table, "Row 1 holds no readable picture: image file is truncated"),
+        (PictureFolder(tmp_path), f"Row 1: {tmp_path / 'b.png'} is no readable picture: image file is truncated"),
+    ):
+        pairs = ImagePairs(rows, "image", size=16, strength=0)
+        assert pairs[0]["labels"].shape == (3, 16, 16)
+        with pytest.raises(ValueError, match=f"^{re.escape(where)}.*{re.escape(remedy)}$"):
+            pairs[1]
+    rows = [{"image": np.full((8, 8, 3), -1)}]
+    with pytest.raises(ValueError, match=r"^Row 0: the column 'image': An integer .*, got \[-1, -1\]; replace it"):
+        ImagePairs(rows, "image", size=8)[0]
 
 
 def test_sheets(tmp_path, picture):

@@ -241,8 +241,13 @@ def test_wrong_input_is_named(tiny_model, photos, tmp_path):
     with pytest.raises(ValueError, match="at least 11 pixels, got 24x8 in its row 1"):
         evaluate_robustness(tiny_model, [photos[0], Image.new("RGB", (24, 8))])
     table = datasets.Dataset.from_dict({"image": [{"bytes": b"no picture", "path": None}]})
-    with pytest.raises(ValueError, match="Row 0 of `dataset` cannot be read: cannot identify image file"):
+    with pytest.raises(ValueError, match=r"^Row 0 of `dataset` holds no picture; replace it or take it out of"):
         evaluate_robustness(tiny_model, table.cast_column("image", datasets.Image()))
+    photos[0]["image"].save(tmp_path / "cut.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "cut.png").read_bytes()[:100])
+    opened = {"image": Image.open(tmp_path / "cut.png")}
+    with pytest.raises(ValueError, match=r"^Row 1 of `dataset` holds no readable picture: .*; replace it or"):
+        evaluate_robustness(tiny_model, [photos[0], opened])
     larger = Pix2PixModel(Pix2PixConfig(num_levels=1, base_channels=1, image_size=8))
     larger.network.forward = lambda pixels: pixels.repeat_interleave(2, 2).repeat_interleave(2, 3)
     with pytest.raises(ValueError, match="keep the size of its input, but 'twice' turns 24x24 pixels into 48x48"):

@@ -61,6 +61,23 @@ def test_a_folder_without_splits_keeps_every_tenth_picture_for_the_test(train, p
     assert not set(parts[0]) & set(parts[1])
 
 
+def test_a_damaged_picture_stops_a_training_in_one_sentence(train, photographs, tmp_path, capsys):
+    arguments = ["--dataset", str(photographs), "--cartoonizer", "palette", "--epochs"]
+    assert train(*arguments, "1") == 0
+    whole = (photographs / "2.png").read_bytes()
+    (photographs / "2.png").write_bytes(whole[: len(whole) // 2])
+    capsys.readouterr()
+    assert train(*arguments, "2") == 2
+    error = capsys.readouterr().err.partition("error: ")[2]
+    assert f"{photographs / '2.png'} is no readable picture: " in error
+    assert error.endswith("start again: a training goes on at its last checkpoint.\n")
+    assert error.count("\n") == 1
+    assert [path.name for path in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-3"]
+    (photographs / "2.png").write_bytes(whole)
+    assert train(*arguments, "2") == 0
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["steps"] == 6
+
+
 def test_pairs_record_no_cartoonizer(train, tmp_path, picture):
     for split in ("train", "test"):
         (tmp_path / "pairs" / split).mkdir(parents=True)
@@ -113,6 +130,7 @@ def test_wrong_input_is_one_sentence_and_exit_code_2(train, table, photographs, 
         (["--cartoonizer", "sketch"], "--cartoonizer must be one of bilateral, palette, mean_shift"),
         (["--norm", "layer"], "--norm must be one of instance, batch, none, got 'layer'"),
         (["--receptive-field", "71"], "--receptive-field must be one of"),
+        (["--receptive-field", "70"], "24 pixels high and wide for a discriminator of --receptive-field, got 16x16"),
         (["--lambda-l1", "-1"], "--lambda-l1 must be at least 0, got -1.0"),
     ):
         assert train(*arguments) == 2, arguments

@@ -488,6 +488,13 @@ def test_a_wrong_setting_is_named(tmp_path):
             trainer(tmp_path, data=[row])
         with pytest.raises(ValueError, match="`eval_dataset` must "):
             trainer(tmp_path, eval_dataset={"a": Toy(), "b": [row]})
+    model, message = networks()[0], "Images of `train_dataset` .* at least 24 pixels .*=70`, got 16x16; build"
+    with pytest.raises(ValueError, match=message):
+        trainer(tmp_path, model=model, discriminator=Pix2PixDiscriminator(70, base_channels=4))
+    with pytest.raises(ValueError, match=message):
+        trainer(tmp_path, model=model)  # the discriminator that is made where none is given
+    trainer(tmp_path, model=model, gan_loss="none")  # asks no discriminator
+    trainer(tmp_path, model=model, data=Toy(side=24), eval_dataset=Toy())  # nor does an evaluation
     other = tmp_path / "other"
     trainer(other, save_strategy="steps", save_steps=4).train()
     (other / "checkpoint-4" / "discriminator.safetensors").unlink()
@@ -522,9 +529,9 @@ def test_a_cpu_pins_no_memory(tmp_path):
 
 def test_a_checkpoint_of_other_networks_is_named(tmp_path):
     trainer(tmp_path, save_strategy="steps", save_steps=4).train()
-    model, _ = networks(levels=4)
+    model, discriminator = networks(levels=4)
     with pytest.raises(ValueError, match=r"checkpoint-4 holds another generator .*: `num_levels` 3 instead of 4"):
-        trainer(tmp_path, model=model, max_steps=8).train(resume_from_checkpoint=True)
+        trainer(tmp_path, model=model, discriminator=discriminator, max_steps=8).train(resume_from_checkpoint=True)
     model, _ = networks()
     for discriminator in (Pix2PixDiscriminator(34, base_channels=4), Pix2PixDiscriminator(16, base_channels=8)):
         with pytest.raises(ValueError, match="checkpoint-4 holds another discriminator"):
