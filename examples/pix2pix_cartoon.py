@@ -31,22 +31,18 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from pix2pix_cartoon_report import report
-from pix2pix_train_data import load_rows
+from pix2pix_train_data import load_rows, split_rows
 from transformers import TrainerCallback, set_seed
 
-from hf_efficient import (
-    Pix2PixConfig,
-    Pix2PixDiscriminator,
-    Pix2PixModel,
-    Pix2PixTrainer,
-    Pix2PixTrainingArguments,
-)
+from hf_efficient import Pix2PixConfig, Pix2PixDiscriminator, Pix2PixModel, Pix2PixTrainer, Pix2PixTrainingArguments
+from hf_efficient.cli import describe
+from hf_efficient.pix2pix.configuration_pix2pix import NORMS
 from hf_efficient.pix2pix.pairs_pix2pix import ImagePairs
+from hf_efficient.pix2pix.robustness_pix2pix import check_grid
 from hf_efficient.results import write_whole
 
 
@@ -59,6 +55,8 @@ RUNS = {
     "batch-8": ("bilateral", True, 8),
     "batch-64": ("bilateral", True, 64),
 }
+# what the package calls a setting -> what is typed here
+TYPED = {"base_channels": "--channels", "target_column": "--column", "image_column": "--column"}
 # one allocation after the other of the same few sizes: keep the memory instead of handing it back to the system
 MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**34), "MALLOC_ARENA_MAX": "1"}
 
@@ -77,15 +75,40 @@ class Clock(TrainerCallback):
         state.log_history.append({"epoch": state.epoch, "step": state.global_step, "cpu_seconds": spent})
 
 
-def split_rows(args: argparse.Namespace) -> tuple[Sequence[dict], Sequence[dict]]:
-    """Photographs to train on and, where some are held out for choices of recipe, those to measure on."""
-    rows = load_rows(args.dataset, "train", "photographs")
-    kept = len(rows) - args.held_out
-    if not args.held_out:
-        return rows, []
-    if kept < 1:
-        raise SystemExit(f"--held-out must leave photographs to train on; it takes {args.held_out} of {len(rows)}.")
-    return [[rows[row] for row in part] for part in (range(kept), range(kept, len(rows)))]
+def prepare(args: argparse.Namespace, name: str, gpu: bool = False) -> Pix2PixTrainer:
+    """Networks, data and settings of one run: whatever is wrong with the arguments shows here."""
+    method, adversarial, batch_size = RUNS[name]
+    set_seed(args.seed)
+    levels = args.size.bit_length() - 1
+    config = Pix2PixConfig(
+        num_levels=levels, base_channels=args.channels, norm=args.norm, dropout=args.dropout, image_size=args.size
+    )
+    model = Pix2PixModel(config)
+    discriminator = Pix2PixDiscriminator(
+        args.receptive_field, base_channels=args.channels, norm=args.discriminator_norm or args.norm
+    )
+    rows = split_rows(args.dataset, args.held_out)[0]
+    settings = {"size": args.size, "jitter": args.size // 9, "flip": True, "seed": args.seed}
+    pairs = ImagePairs(rows, args.column, method=method, strength=args.strength, **settings)
+    batch_size = min(batch_size, len(pairs))
+    training = Pix2PixTrainingArguments(
+        output_dir=str(args.output / name),
+        seed=args.seed,
+        num_train_epochs=args.epochs,
+        per_device_train_batch_size=batch_size,
+        gan_loss=args.gan_loss if adversarial else "none",
+        lambda_l1=args.lambda_l1,
+        discriminator_learning_rate=args.discriminator_learning_rate,
+        ema_decay=args.ema_decay**batch_size,  # as many images behind the average at any batch size
+        save_strategy="epoch",
+        save_total_limit=1,
+        logging_steps=max(1, args.logging_images // batch_size),
+        preview_steps=max(1, args.preview_images // batch_size),
+        report_to="none",
+        use_cpu=not gpu,
+        disable_tqdm=True,
+    )
+    return Pix2PixTrainer(model, training, discriminator, train_dataset=pairs, callbacks=[Clock()])
 
 
 def train(args: argparse.Namespace, name: str) -> None:
@@ -95,48 +118,14 @@ def train(args: argparse.Namespace, name: str) -> None:
         return
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
-    method, adversarial, batch_size = RUNS[name]
-    gan_loss = args.gan_loss if adversarial else "none"
-    set_seed(args.seed)
-    levels = args.size.bit_length() - 1
-    model = Pix2PixModel(
-        Pix2PixConfig(
-            num_levels=levels,
-            base_channels=args.channels,
-            norm=args.norm,
-            dropout=args.dropout,
-            image_size=args.size,
-        )
-    )
-    discriminator = Pix2PixDiscriminator(
-        args.receptive_field, base_channels=args.channels, norm=args.discriminator_norm or args.norm
-    )
-    rows = split_rows(args)[0]
-    settings = {"size": args.size, "jitter": args.size // 9, "flip": True, "seed": args.seed}
-    pairs = ImagePairs(rows, args.column, method=method, strength=args.strength, **settings)
-    batch_size = min(batch_size, len(pairs))
-    training = Pix2PixTrainingArguments(
-        output_dir=str(folder),
-        seed=args.seed,
-        num_train_epochs=args.epochs,
-        per_device_train_batch_size=batch_size,
-        gan_loss=gan_loss,
-        lambda_l1=args.lambda_l1,
-        discriminator_learning_rate=args.discriminator_learning_rate,
-        ema_decay=args.ema_decay**batch_size,  # as many images behind the average at any batch size
-        save_strategy="epoch",
-        save_total_limit=1,
-        logging_steps=max(1, args.logging_images // batch_size),
-        preview_steps=max(1, args.preview_images // batch_size),
-        report_to="none",
-        use_cpu=not args.gpu,
-        disable_tqdm=True,
-    )
-    trainer = Pix2PixTrainer(model, training, discriminator, train_dataset=pairs, callbacks=[Clock()])
+    trainer = prepare(args, name, args.gpu)
+    pairs, training = trainer.train_dataset, trainer.args
+    batch_size = training.per_device_train_batch_size
     trainer.train(resume_from_checkpoint=True if list(folder.glob("checkpoint-*")) else None)
     trainer.save_model(str(folder / "model"))
     log = trainer.state.log_history
-    run = {"run": name, "cartoonizer": method, "strength": args.strength, "gan_loss": gan_loss, "seed": args.seed}
+    run = {"run": name, "cartoonizer": pairs.method, "strength": args.strength}
+    run |= {"gan_loss": training.gan_loss, "seed": args.seed}
     run |= {"lambda_l1": args.lambda_l1, "ema_decay": training.ema_decay, "dropout": args.dropout}
     run |= {"norm": args.norm, "discriminator_norm": args.discriminator_norm or args.norm}
     run |= {
@@ -150,9 +139,11 @@ def train(args: argparse.Namespace, name: str) -> None:
     write_whole(folder / "run.json", json.dumps(run, indent=2) + "\n")
 
 
-def train_all(args: argparse.Namespace, names: list[str]) -> None:
-    """Start a process for each run, at most `--processes` at a time."""
-    waiting, running = [name for name in names if not (args.output / name / "run.json").exists()], []
+def train_all(args: argparse.Namespace, names: list[str]) -> int:
+    """Start a process for each run, at most `--processes` at a time; return the largest of their exit codes."""
+    waiting, running, worst = [name for name in names if not (args.output / name / "run.json").exists()], [], 0
+    for name in waiting:
+        prepare(args, name)
     while waiting or running:
         while waiting and len(running) < args.processes:
             name = waiting.pop(0)
@@ -164,7 +155,9 @@ def train_all(args: argparse.Namespace, names: list[str]) -> None:
         except subprocess.TimeoutExpired:
             running.append((name, process))
         else:
-            print(f"{name}: {'done' if process.returncode == 0 else 'failed, start again to go on'}", flush=True)
+            worst = max(worst, process.returncode)
+            print(f"{name}: {'done' if process.returncode == 0 else 'failed'}", flush=True)
+    return worst
 
 
 def parse() -> argparse.Namespace:
@@ -182,8 +175,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--epochs", type=int, default=60)
     parser.add_argument("--size", type=int, default=128, help="pixels, a power of two")
     parser.add_argument("--channels", type=int, default=16, help="base channels of both networks")
-    parser.add_argument("--norm", default="instance", help="instance, batch or none")
-    parser.add_argument("--discriminator-norm", help="where it differs from --norm")
+    parser.add_argument("--norm", default="instance", choices=NORMS, help="of both networks")
+    parser.add_argument("--discriminator-norm", choices=NORMS, help="where it differs from --norm")
     parser.add_argument("--dropout", type=float, default=0.0, help="of the generator while it trains")
     parser.add_argument("--receptive-field", type=int, default=70, help="of the discriminator, pixels")
     parser.add_argument("--gan-loss", default="vanilla", help="vanilla, lsgan or hinge")
@@ -204,6 +197,15 @@ def parse() -> argparse.Namespace:
     args = parser.parse_args()
     if args.size & (args.size - 1) or args.size < 16:
         parser.error(f"--size must be a power of two from 16 on, got {args.size}")
+    numbers = {"held_out": 0, "epochs": 1, "processes": 1, "limit": 1, "logging_images": 1, "preview_images": 1}
+    for name, least in numbers.items():
+        if getattr(args, name) is not None and getattr(args, name) < least:
+            parser.error(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(args, name)}")
+    if args.features and not args.features.is_file():
+        parser.error(f"--features {args.features} is no file; name the weights of tf_efficientnet_lite0")
+    for option, folder in [("repeats", path) for path in args.repeats] + [("choices", path) for path in args.choices]:
+        if not (folder / "results.json").is_file():
+            parser.error(f"--{option} {folder} holds no results.json; name the --output of a run that has ended")
     if args.held_out and (args.final or args.card):
         parser.error("--held-out is for choices of recipe; leave it out with --final and --card")
     if args.smoke:
@@ -213,22 +215,36 @@ def parse() -> argparse.Namespace:
     return args
 
 
-def main() -> None:
-    args = parse()
+def work(args: argparse.Namespace) -> int:
     if args.run:
         train(args, args.run)
-        return
-    args.output.mkdir(parents=True, exist_ok=True)
+        return 0
+    check_grid(severities=args.severities)
     names = args.runs or [name for name in RUNS if args.ablation or not name.startswith("batch-")]
-    train_all(args, names)
+    worst = train_all(args, names)
     missing = [name for name in names if not (args.output / name / "run.json").exists()]
     if missing:
-        sys.exit(f"{', '.join(missing)} did not end; start the same command again to go on.")
+        end = "met wrong input, named above." if worst == 2 else "did not end; start the same command again to go on."
+        sys.stderr.write(f"{', '.join(missing)} {end}\n")
+        return 2 if worst == 2 else 1
     if args.final or args.card or args.held_out:
         runs = [json.loads((args.output / name / "run.json").read_text()) for name in names]
-        photos = split_rows(args)[1] if args.held_out else load_rows(args.dataset, "test", "photographs")
-        report(args, runs, photos)
+        held_out = split_rows(args.dataset, args.held_out)[1]
+        report(args, runs, held_out if args.held_out else load_rows(args.dataset, "test", "photographs"))
+    return 0
+
+
+def main() -> int:
+    args = parse()
+    try:
+        return work(args)
+    except (ValueError, OSError, ImportError) as error:
+        if os.environ.get("HF_EFFICIENT_TRACEBACK"):
+            raise
+        typed = {name: f"--{name.replace('_', '-')}" for name in vars(args)} | TYPED
+        sys.stderr.write(f"pix2pix_cartoon.py: error: {describe(error, typed)}\n")
+        return 2
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -9,6 +9,7 @@ from typing import Any
 
 import datasets
 from PIL import Image
+from torch.utils.data import Subset
 
 from hf_efficient.pix2pix.pairs_pix2pix import PictureFolder, SideBySideFolder
 
@@ -57,6 +58,28 @@ def load_rows(dataset: str, split: str, pictures: str | None = None) -> Sequence
             f"--dataset {dataset} is no folder here and no data set of the Hub that loads with a split {split} "
             f"({reason})."
         ) from error
+
+
+def split_rows(dataset: str, held_out: int) -> tuple[Sequence[dict[str, Any]], Sequence[dict[str, Any]]]:
+    """Open the training split as photographs to train on and the last ones, held out for choices of recipe.
+
+    Args:
+        dataset (`str`): As in `load_rows`.
+        held_out (`int`): Photographs to hold out.
+
+    Returns:
+        `tuple`: Rows to train on and rows to measure on, read when asked for.
+
+    Raises:
+        ValueError: If nothing is left to train on, or there is no such data.
+    """
+    rows = load_rows(dataset, "train", "photographs")
+    if not held_out:
+        return rows, []
+    kept = len(rows) - held_out
+    if kept < 1:
+        raise ValueError(f"--held-out must leave photographs to train on; it takes {held_out} of {len(rows)}.")
+    return Subset(rows, range(kept)), Subset(rows, range(kept, len(rows)))
 
 
 def _read_folder(folder: Path, split: str, pictures: str | None) -> PictureFolder:
