@@ -76,6 +76,8 @@ def find_encoder(model: nn.Module) -> EncoderSite:
     Raises:
         ValueError: If there is no encoder, more than one, or one that cannot lose tokens; the message says why.
     """
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"`model` must be a torch module, got {model!r}; load the model first.")
     hosts = list(_outermost_hosts(model))
     if not hosts:
         raise ValueError(
@@ -123,7 +125,7 @@ def _refuse_unfit(host: PreTrainedModel) -> None:
     if model_type not in SUPPORTED:
         raise ValueError(
             f"`model` must be one of the vision transformers ToE knows ({', '.join(SUPPORTED)}), got {name} of type "
-            f"{model_type!r}."
+            f"{model_type!r}{_name_tower(host)}."
         )
     shared, own = "use_shared_relative_position_bias", "use_relative_position_bias"
     if getattr(host.config, shared, False) or getattr(host.config, own, False):
@@ -132,6 +134,14 @@ def _refuse_unfit(host: PreTrainedModel) -> None:
             "patches, which a hook cannot shrink; use a config with `use_absolute_position_embeddings=True`, without "
             f"`{own}` and `{shared}`."
         )
+
+
+def _name_tower(host: PreTrainedModel) -> str:
+    """Where a model that is refused as a whole has a vision transformer that is not, for the message."""
+    for place, module in host.named_modules():
+        if place and isinstance(module, PreTrainedModel) and module.config.model_type in SUPPORTED:
+            return f"; ToE can train its `{place}` by itself, a {type(module).__name__}"
+    return ""
 
 
 def _transformers_site(host: PreTrainedModel) -> EncoderSite:
@@ -366,7 +376,7 @@ class ExpandedTraining:
             ValueError: If it is negative, or a share above 1.
         """
         config = self._attachment.expansion.config
-        if progress < 0 or (progress > 1 and not config.counts_epochs):
+        if not progress >= 0 or (progress > 1 and not config.counts_epochs):  # NaN is neither
             unit = "epochs of at least 0" if config.counts_epochs else "a share of the training in [0, 1]"
             raise ValueError(f"`progress` must be {unit}, the unit of `stage_starts`, got {progress}.")
         self._attachment.arm(config.stage_at(progress), keep=True)

@@ -15,7 +15,7 @@ from transformers import (
 from transformers.utils import logging
 
 from .attachment_toe import ToEAttachment, detach, reset_compiler
-from .configuration_toe import ToEConfig
+from .configuration_toe import ToEConfig, check_config
 from .expansion_toe import TokenExpansion
 from .resume_toe import forget_names, reads_saved_names, translate_names
 
@@ -42,8 +42,7 @@ class ToECallback(TrainerCallback):
     expansion_class: type[TokenExpansion] = TokenExpansion
 
     def __init__(self, config: ToEConfig | None = None, **overrides: Any) -> None:
-        if config is not None and not isinstance(config, ToEConfig):
-            raise ValueError(f"`config` must be a `ToEConfig`, got {config!r}; name single fields instead.")
+        check_config(config)
         self.config = ToEConfig(**((config.to_dict() if config is not None else {}) | overrides))
         self._attachment: ToEAttachment | None = None
         self._tokens = 0
@@ -136,8 +135,10 @@ class ToECallback(TrainerCallback):
             )
         last, epochs = self.config.stage_starts[-1], state.num_train_epochs
         if self.config.counts_epochs and last >= epochs:
+            length = f"{epochs} epoch" if epochs == 1 else f"{epochs} epochs"
+            steps = f" (`max_steps` is {args.max_steps})" if args.max_steps > 0 else ""
             raise ValueError(
-                f"`stage_starts` must lie inside the training of {epochs} epochs, got {self.config.stage_starts}; "
+                f"`stage_starts` must lie inside the training of {length}{steps}, got {self.config.stage_starts}; "
                 "shorten them, or use shares of the training such as (0.0, 0.33, 0.67)."
             )
         self._attachment = ToEAttachment(model, self.expansion_class(self.config)).attach()

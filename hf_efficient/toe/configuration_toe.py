@@ -83,7 +83,9 @@ class ToEConfig:
             raise ValueError(f"`keep_rates` must rise strictly within (0, 1], got {rates}.")
         first = self.initial_keep_rate
         if isinstance(first, bool) or not isinstance(first, (int, float)) or not first > 0:
-            raise ValueError(f"`initial_keep_rate` must be above 0 so that at least one token is kept, got {first!r}.")
+            raise ValueError(
+                f"`initial_keep_rate` must be a number above 0 so that at least one token is kept, got {first!r}."
+            )
         if first > rates[0]:
             raise ValueError(
                 f"`initial_keep_rate` must not be above the first keep rate, got {first} > {rates[0]}; lower it or "
@@ -137,6 +139,24 @@ class ToEConfig:
         """
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+
+def check_config(config: Any) -> None:
+    """Refuse what is no schedule where one is wanted: the name of a recipe, a dict of fields, the class itself.
+
+    Args:
+        config (`Any`): What was passed as `config`.
+
+    Raises:
+        ValueError: If it is neither a `ToEConfig` nor `None`.
+    """
+    if config is None or isinstance(config, ToEConfig):
+        return
+    if isinstance(config, str) and config in _PRESETS:
+        remedy = f"write `ToEConfig.preset({config!r})`"
+    else:
+        remedy = "make one by `ToEConfig(...)` or `ToEConfig.preset(name)`"
+    raise ValueError(f"`config` must be a `ToEConfig`, got {config!r}; {remedy}.")
 
 
 def _as_tuple(name: str, values: Any) -> tuple:

@@ -1,5 +1,7 @@
 """What a schedule can save: multiply-adds of every stage against plain training (arithmetic on a model's shapes)."""
 
+from numbers import Integral
+
 import torch
 from torch import Tensor, nn
 
@@ -75,10 +77,15 @@ def speedup_bound(
         `tuple`: Time of plain training over time of ToE training, and the cost of every stage as a share of plain.
 
     Raises:
-        ValueError: If `num_epochs` is missing or too small, or the model is refused.
+        ValueError: If `num_epochs` is missing or too small, `num_patches` is no number of tokens, or the model is
+            refused.
     """
-    config = ToEConfig() if config is None else config
     site, expansion = find_encoder(model), TokenExpansion(config)
+    config = expansion.config
+    if isinstance(num_patches, bool) or not isinstance(num_patches, Integral) or num_patches < 1:
+        raise ValueError(
+            f"`num_patches` must be an integer of at least 1, the patch tokens of an image, got {num_patches!r}."
+        )
     if config.counts_epochs and (num_epochs is None or num_epochs <= config.stage_starts[-1]):
         raise ValueError(
             f"`num_epochs` must be above the last of `stage_starts` {config.stage_starts}, got {num_epochs}."

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .configuration_toe import ToEConfig
+from .configuration_toe import ToEConfig, check_config
 
 
 class ExpandedTokens(NamedTuple):
@@ -187,7 +187,8 @@ def restore_tokens(tokens: Tensor, index: Tensor, length: int, owner: Tensor | N
         `torch.FloatTensor` of shape `(batch, length, dim)`
 
     Raises:
-        ValueError: If the shapes do not fit together.
+        ValueError: If the shapes do not fit together, or `index` names rows that `length` does not have (seen on a
+            CPU; a GPU stops by itself).
     """
     if index.shape != tokens.shape[:2]:
         raise ValueError(
@@ -204,7 +205,13 @@ def restore_tokens(tokens: Tensor, index: Tensor, length: int, owner: Tensor | N
             )
         return tokens.gather(1, owner[..., None].expand(-1, -1, dim))
     grid = tokens.new_zeros(tokens.shape[0], length, dim)
-    return grid.scatter(1, index[..., None].expand(-1, -1, dim), tokens)
+    try:
+        return grid.scatter(1, index[..., None].expand(-1, -1, dim), tokens)
+    except RuntimeError as error:
+        raise ValueError(
+            f"`index` must hold row numbers (int64) from 0 to `length` - 1 = {length - 1}, got {index.dtype} up to "
+            f"{index.max().item()}; count prefix and suffix rows in `length`."
+        ) from error
 
 
 class TokenExpansion:
@@ -217,6 +224,9 @@ class TokenExpansion:
     Args:
         config (`ToEConfig`, *optional*): The schedule; the default one if left out.
 
+    Raises:
+        ValueError: If `config` is something else.
+
     Example:
         >>> expansion = TokenExpansion(ToEConfig())
         >>> expanded = expansion(torch.randn(2, 197, 384), stage=1)
@@ -225,6 +235,7 @@ class TokenExpansion:
     """
 
     def __init__(self, config: ToEConfig | None = None) -> None:
+        check_config(config)
         self.config = ToEConfig() if config is None else config
 
     def num_kept(self, num_patches: int, stage: int) -> int:

@@ -368,7 +368,7 @@ def test_detection(middle, shape, make_trainer, rows_seen):
 @pytest.mark.parametrize(
     ("callback", "message"),
     [
-        (lambda: ToECallback(stage_starts=(0, 100, 200)), r"inside the training of 3 epochs, got \(0, 100, 200\)"),
+        (lambda: ToECallback(stage_starts=(0, 100, 200)), r"of 3 epochs \(`max_steps` is 12\), got \(0, 100, 200\)"),
         (lambda: ToECallback(after_layer=5), r"`after_layer` must be below .* got 5 for the 3 layers"),
     ],
 )

@@ -2,7 +2,8 @@ import dataclasses
 
 import pytest
 
-from hf_efficient import ToEConfig
+from hf_efficient import ToECallback, ToEConfig, TokenExpansion
+from hf_efficient.toe import speedup_bound
 
 
 def test_defaults_are_the_recipe_of_the_paper():
@@ -74,8 +75,9 @@ def test_zero_fits_epochs_and_shares():
         ({"keep_rates": 0.5}, r"`keep_rates` must be a list or tuple of numbers, got 0.5"),
         ({"keep_rates": ("0.5", "0.75", "1")}, r"`keep_rates` must hold at least one number and nothing else"),
         ({"initial_keep_rate": 0.6}, r"`initial_keep_rate` must not be above the first keep rate, got 0.6 > 0.5"),
-        ({"initial_keep_rate": 0}, r"`initial_keep_rate` must be above 0 .* at least one token is kept, got 0"),
-        ({"initial_keep_rate": float("nan")}, r"`initial_keep_rate` must be above 0 .* got nan"),
+        ({"initial_keep_rate": 0}, r"`initial_keep_rate` must be a number above 0 .* token is kept, got 0"),
+        ({"initial_keep_rate": "a quarter"}, r"`initial_keep_rate` must be a number above 0 .* got 'a quarter'"),
+        ({"initial_keep_rate": float("nan")}, r"`initial_keep_rate` must be a number above 0 .* got nan"),
         ({"keep_rates": (0.5, float("nan"), 1.0)}, r"`keep_rates` must rise strictly within \(0, 1\], got \(0.5, nan"),
         (
             {"stage_starts": (0.0, float("nan"), 0.5)},
@@ -104,3 +106,11 @@ def test_bad_values_get_a_sentence(fields, message):
 def test_unknown_preset():
     with pytest.raises(ValueError, match="must be one of 'deit', 'lv-vit', 'efficient-train', 'fast', got 'faster'"):
         ToEConfig.preset("faster")
+
+
+def test_what_is_no_schedule_gets_a_sentence_wherever_one_is_taken(make_vit):
+    for take in (ToECallback, TokenExpansion, lambda config: speedup_bound(make_vit(), 64, config)):
+        with pytest.raises(ValueError, match=r"must be a `ToEConfig`, got 'fast'; write `ToEConfig.preset\('fast'\)`"):
+            take("fast")
+        with pytest.raises(ValueError, match=r"`ToEConfig`, got \{'distance': 'cosine'\}; make one by `ToEConfig\("):
+            take({"distance": "cosine"})

@@ -227,6 +227,11 @@ def test_bad_input_gets_a_sentence(call, message):
         ),
         ((torch.zeros(2, 5, 3), torch.zeros(2, 5, dtype=torch.long), 4), r"`length` must be at least the 5 rows"),
         (
+            (torch.zeros(2, 5, 3), torch.tensor([[0, 1, 2, 3, 64]] * 2), 64),
+            r"from 0 to `length` - 1 = 63, got torch.int64 up to 64; count prefix and suffix rows in",
+        ),
+        ((torch.zeros(2, 5, 3), torch.ones(2, 5), 9), r"`index` must hold row numbers .* got torch.float32 up to 1"),
+        (
             (torch.zeros(2, 5, 3), torch.zeros(2, 5, dtype=torch.long), 9, torch.zeros(2, 8, dtype=torch.long)),
             r"`owner` must have shape \(2, 9\) \(batch, length\), got \(2, 8\)",
         ),
