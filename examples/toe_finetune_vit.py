@@ -2,7 +2,7 @@
 
 Four arms with the same seeds, steps and data: all weights or LoRA of rank 8 and the head, each on all tokens and with
 ToE. A model that `toe_train_vit.py` has trained is the natural start; written into that script's `--results` folder,
-here KEEP, the table gets into the card. A finished arm is not repeated.
+here KEEP, the table gets into the card. A finished arm is not repeated; other options want another `--output`.
 
     python examples/toe_finetune_vit.py --model KEEP/weights --output KEEP/finetune
 
@@ -21,6 +21,7 @@ from peft import LoraConfig, get_peft_model
 from toe_train_vit_clock import Clock, accuracy
 from toe_train_vit_data import Batches, Rows, decode
 from toe_train_vit_report import spread
+from toe_train_vit_runs import check_recipe
 from transformers import AutoModelForImageClassification, Trainer, TrainingArguments, ViTConfig, set_seed
 from transformers import ViTForImageClassification as ViT
 
@@ -31,6 +32,8 @@ from hf_efficient.toe.cost_toe import count_patches
 
 
 ARMS = ("full", "full toe", "lora", "lora toe")
+# what the arms of a table have in common
+RECIPE = ("model", "epochs", "learning_rate", "lora_learning_rate", "preset")
 
 
 def make_model(args: argparse.Namespace, arm: str) -> torch.nn.Module:
@@ -51,7 +54,9 @@ def make_model(args: argparse.Namespace, arm: str) -> torch.nn.Module:
 def run(args: argparse.Namespace, arm: str, seed: int) -> dict:
     """Train one arm; a finished one is read back."""
     file = args.output / f"{arm.replace(' ', '-')}-{seed}.json"
+    recipe = {name: getattr(args, name) for name in RECIPE}
     if file.exists():
+        check_recipe(recipe, file)
         return json.loads(file.read_text(encoding="utf-8"))
     set_seed(seed)
     model = make_model(args, arm)
@@ -90,6 +95,7 @@ def run(args: argparse.Namespace, arm: str, seed: int) -> dict:
     score = trainer.evaluate(Rows(0, len(answers), augment=False))["eval_accuracy"]
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     result = {"arm": arm, "seed": seed, "cpu_seconds": spent, "test_accuracy": score, "trained_weights": trained}
+    result["recipe"] = recipe
     write_whole(file, json.dumps(result) + "\n")
     return result
 
@@ -103,7 +109,7 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, default=3e-4)
     parser.add_argument("--lora-learning-rate", type=float, default=3e-3)
     parser.add_argument("--preset", default="deit", help="schedule: deit, lv-vit, efficient-train or fast")
-    parser.add_argument("--smoke", action="store_true", help="toy model, one seed, two epochs, under a minute")
+    parser.add_argument("--smoke", action="store_true", help="toy model, one seed, three epochs, under a minute")
     args = parser.parse_args()
     if args.smoke:
         args.model, args.seeds, args.epochs = None, [0], 3

@@ -34,6 +34,7 @@ from toe_train_vit_data import Batches, Rows, decode
 from toe_train_vit_report import finish_run, print_bounds, report, write_checkpoint
 from toe_train_vit_runs import (
     ARMS,
+    check_arguments,
     check_recipe,
     last_checkpoint,
     list_jobs,
@@ -206,10 +207,9 @@ def parse() -> argparse.Namespace:
         small = {"width": 32, "depth": 2, "image_size": 16, "epochs": 3, "seeds": [0], "logging_steps": 5}
         vars(args).update(small, dataset="digits", flip=False, compare=True, final=True, validation_rows=200)
         args.card = args.card or args.output / "card"
-    args.bf16 = args.bf16 or args.gpu
-    args.flip = args.flip and args.dataset != "digits"
+    args.bf16, args.flip = args.bf16 or args.gpu, args.flip and args.dataset != "digits"
     args.results = args.results or args.output
-    return args
+    return check_arguments(parser, args)
 
 
 def main() -> None:

@@ -22,14 +22,20 @@ def load_split(name: str, split: str) -> Dataset:
         return load_digits_split(split)
     if Path(name).is_dir() and (files := sorted(Path(name).glob(f"{split}*.parquet"))):
         return load_dataset("parquet", data_files={split: [str(file) for file in files]}, split=split)
-    return load_dataset(name, split=split)
+    try:
+        return load_dataset(name, split=split)
+    except (OSError, ValueError) as error:  # no such data set, no network, no such split
+        raise SystemExit(f"--dataset {name}: its split {split} could not be loaded ({error}).") from error
 
 
 def load_digits_split(split: str) -> Dataset:
     """Scikit-learn's 1,797 handwritten digits of 8 x 8 pixels; every fifth one is test data."""
     from PIL import Image as Picture
-    from sklearn.datasets import load_digits
 
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise SystemExit('The digits need scikit-learn; run pip install -e ".[test]".') from error
     images, labels = load_digits(return_X_y=True)
     rows = [i for i in range(len(labels)) if (i % 5 == 0) == (split == "test")]
     pictures = [Picture.fromarray((images[i].reshape(8, 8) * 15.9).astype(np.uint8)).convert("RGB") for i in rows]

@@ -15,6 +15,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from hf_efficient import ToEConfig
+
 
 ARMS = ("full", "toe", "random")
 # everything that decides what comes out of a run; runs of a comparison have it in common
@@ -24,6 +28,29 @@ RECIPE = (
 )
 # one allocation after the other of the same few sizes: keep the memory instead of handing it back to the system
 MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**34), "MALLOC_ARENA_MAX": "1"}
+
+
+# smallest value of the options that count something; ToE needs a layer before and one behind the expansion
+LEAST = {"epochs": 1, "batch_size": 1, "width": 32, "depth": 2, "image_size": 1, "patch_size": 1}
+LEAST |= {"processes": 1, "logging_steps": 1, "time": 1}
+
+
+def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> argparse.Namespace:
+    """Stop at options that no run could be made of, before the first one is started."""
+    for name, least in LEAST.items():
+        value = getattr(args, name)
+        if value is not None and value < least:
+            parser.error(f"--{name.replace('_', '-')} must be at least {least}, got {value}.")
+    if args.patch_size > args.image_size:
+        parser.error(f"--patch-size must not be above --image-size, got {args.patch_size} > {args.image_size}.")
+    for option, preset in (("--preset", args.preset), ("--fast-preset", args.fast_preset)):
+        try:
+            ToEConfig.preset(preset)
+        except ValueError as error:
+            parser.error(f"{option}: {error}")
+    if args.gpu and not torch.cuda.is_available():
+        parser.error("--gpu: torch sees no GPU here; leave it out.")
+    return args
 
 
 def list_jobs(args: argparse.Namespace) -> list[tuple[str, int]]:

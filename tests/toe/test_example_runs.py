@@ -102,3 +102,52 @@ def test_only_missing_runs_are_started(runs, args, capsys, monkeypatch):
     runs.train_all(args, runs.list_jobs(args))
     assert sorted(path.name for path in args.output.parent.glob("*[0-9]")) == ["fast0", "toe1"]
     assert sorted(capsys.readouterr().out.splitlines()) == ["fast-0: failed, start again to go on", "toe-1: done"]
+
+
+OPTIONS = {
+    "depth": 8,
+    "image_size": 32,
+    "patch_size": 4,
+    "width": 128,
+    "logging_steps": 50,
+    "time": None,
+    "gpu": False,
+}
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"epochs": 0}, "--epochs must be at least 1, got 0."),
+        ({"batch_size": 0}, "--batch-size must be at least 1, got 0."),
+        ({"processes": 0}, "--processes must be at least 1, got 0."),
+        ({"time": 0}, "--time must be at least 1, got 0."),
+        ({"depth": 1}, "--depth must be at least 2, got 1."),
+        ({"patch_size": 64}, "--patch-size must not be above --image-size, got 64 > 32."),
+        (
+            {"fast_preset": "faster"},
+            "--fast-preset: `name` must be one of 'deit', 'lv-vit', 'efficient-train', 'fast'",
+        ),
+    ],
+)
+def test_options_that_no_run_can_be_made_of_start_none(changed, message, runs, args, capsys):
+    vars(args).update(OPTIONS)
+    assert runs.check_arguments(argparse.ArgumentParser(), args) is args
+    vars(args).update(changed)
+    with pytest.raises(SystemExit) as error:
+        runs.check_arguments(argparse.ArgumentParser(), args)
+    assert error.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_fine_tuning_reads_no_arm_of_other_options_back(repository, monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(repository / "examples")
+    script = importlib.import_module("toe_finetune_vit")
+    options = {"model": None, "epochs": 3, "learning_rate": 3e-4, "lora_learning_rate": 3e-3, "preset": "deit"}
+    result = {"arm": "full", "seed": 0, "recipe": options}
+    (tmp_path / "full-0.json").write_text(json.dumps(result))
+    args = argparse.Namespace(output=tmp_path, scratch=tmp_path, **options)
+    assert script.run(args, "full", 0) == result
+    args.epochs = 10
+    with pytest.raises(SystemExit, match=r"full-0.json is of a run with epochs 3, not 10"):
+        script.run(args, "full", 0)
