@@ -500,6 +500,7 @@ def test_command(networks, capsys, tmp_path):
         (["--plot", "no/such/report.png"], "--plot no/such/report.png: the folder does not exist"),
         (["--image", "no.png"], "--image no.png cannot be read as a picture: "),
         (["--prompt", "x"], "--prompt is for a LLaVA, but"),
+        (["--toe", "fast"], "MODEL must be one of the vision transformers ToE knows (vit, "),
     ],
 )
 def test_command_complains_in_one_sentence(networks, capsys, options, sentence):

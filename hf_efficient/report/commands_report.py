@@ -40,7 +40,7 @@ class Report:
         add("--threads", type=int, metavar="N", help="threads of torch (default: as it is set)")
         add("--device", help="such as cpu or cuda:0 (default: a GPU where there is one)")
         add("--dtype", default="float32", help="of the weights (default: float32)")
-        add("--toe", choices=_SCHEDULES, default="deit", help="schedule for a vision transformer (default: deit)")
+        add("--toe", choices=_SCHEDULES, help="schedule for a vision transformer (default: deit, where it fits)")
         add("--plot", metavar="FILE", help="also write the picture of the report (.png, .svg or .pdf)")
         add("--trust-remote-code", action="store_true", help="run code that comes with a model")
 
@@ -165,16 +165,21 @@ def _make_inputs(auto: str, model: Any, picture: Any, arguments: argparse.Namesp
 
     from .toe_report import can_train_with_toe
 
+    classifies, count = auto == "AutoModelForImageClassification", arguments.batch_size
+    if not classifies and arguments.toe not in (None, "off"):
+        raise ValueError(
+            f"--toe {arguments.toe} is for a vision transformer that classifies, not a {type(model).__name__}: leave "
+            "it out."
+        )
     if auto == "AutoModelForImageTextToText":
         return _ask(model, picture, arguments), None
     if arguments.prompt is not None:
         raise ValueError(f"--prompt is for a LLaVA, but {arguments.model} takes no text: leave it out.")
-    classifies, count = auto == "AutoModelForImageClassification", arguments.batch_size
     pixels = _make_pixels(classifies, model.config, picture, arguments)
     inputs = {"pixel_values": pixels.repeat(count, 1, 1, 1).to(model.dtype)}
-    if not classifies or arguments.toe == "off" or not can_train_with_toe(model):
+    if not classifies or arguments.toe == "off" or (arguments.toe is None and not can_train_with_toe(model)):
         return inputs, False
-    return inputs | {"labels": torch.zeros(count, dtype=torch.long)}, ToEConfig.preset(arguments.toe)
+    return inputs | {"labels": torch.zeros(count, dtype=torch.long)}, ToEConfig.preset(arguments.toe or "deit")
 
 
 def _ask(model: Any, picture: Any, arguments: argparse.Namespace) -> dict[str, Any]:
