@@ -131,6 +131,7 @@ def time_steps(args: argparse.Namespace, model: PreTrainedModel, batches: Batche
         bound = speedup_bound(model, patches, plan)[0]
         result["core_hours"][arm] = steps * statistics.median(means) / 3600
         result["arms"][arm] = {"speedup": speed, "bound": bound, "share_of_bound": speed / bound}
+    result["core_hours"]["short"] = result["core_hours"]["full"] / result["arms"]["toe"]["bound"]
     return result | {"meta": run_meta()}
 
 

@@ -30,6 +30,7 @@ BOUND = (
     "alone pays its selection: what they cost keeps a measured ratio below the bound."
 )
 WORDS = {"full": "all tokens", "toe": "ToE", "random": "random drop", "fast": "ToE, faster preset"}
+WORDS |= {"short": "all tokens, as many epochs as ToE pays for"}
 
 
 def measure_test(args: argparse.Namespace, folder: Path) -> dict[str, float]:

@@ -16,11 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from hf_efficient import ToEConfig
+from hf_efficient.toe import speedup_bound
+from hf_efficient.toe.cost_toe import count_patches
 
 
-ARMS = ("full", "toe", "random")
+ARMS = ("full", "toe", "random", "short")
 # everything that decides what comes out of a run; runs of a comparison have it in common
 RECIPE = (
     *("model", "epochs", "batch_size", "learning_rate", "weight_decay", "warmup", "label_smoothing", "shift", "flip"),
@@ -62,6 +65,14 @@ def list_jobs(args: argparse.Namespace) -> list[tuple[str, int]]:
 
 def preset_of(args: argparse.Namespace, arm: str) -> str | None:
     return {"full": None, "fast": args.fast_preset}.get(arm, args.preset)
+
+
+def epochs_of(args: argparse.Namespace, arm: str, model: PreTrainedModel) -> float:
+    """Epochs of a run; `short` has those that the multiply-adds of ToE pay for on all tokens."""
+    if arm != "short":
+        return args.epochs
+    patches = count_patches(model, torch.zeros(1, 3, args.image_size, args.image_size))
+    return args.epochs / speedup_bound(model, patches, ToEConfig.preset(args.preset))[0]
 
 
 def make_recipe(args: argparse.Namespace, arm: str) -> dict[str, Any]:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 # what black and white become where a patch is not kept: of a middle brightness and blue, which no grey picture is
 _BLACK, _WHITE, _STROKE = (0.24, 0.38, 0.62), (0.54, 0.69, 0.90), "white"
-_COLOURS = {"full": "#444444", "toe": "#1b7837", "random": "#b35806", "fast": "#2166ac"}
+_COLOURS = {"full": "#444444", "toe": "#1b7837", "random": "#b35806", "fast": "#2166ac", "short": "#999999"}
 
 
 def _pyplot() -> Any:

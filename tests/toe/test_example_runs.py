@@ -47,8 +47,8 @@ def stop_at(args, name, step, epoch, hours, whole=True):
 
 
 def test_jobs_of_a_comparison(runs, args):
-    arms = [("full", 0), ("toe", 0), ("random", 0), ("full", 1), ("toe", 1), ("random", 1), ("fast", 0)]
-    assert runs.list_jobs(args) == arms
+    arms = [(arm, seed) for seed in (0, 1) for arm in ("full", "toe", "random", "short")]
+    assert runs.list_jobs(args) == [*arms, ("fast", 0)]
     args.compare = False
     assert runs.list_jobs(args) == [("toe", 0), ("toe", 1)]
     args.arms = ["full", "fast"]
@@ -66,11 +66,12 @@ def test_status_lists_what_is_done_under_way_and_missing(runs, args, capsys):
     assert "toe-0 | under way | 3 of 15 | 0.25 | ?" in lines
     assert "random-1 | missing | 0 of 15 | 0.00 | ?" in lines
     assert lines[-1] == "in all | | | 3.00 | 1.25 and more; --time measures it"
-    (args.results / "timing.json").write_text(json.dumps({"core_hours": {"toe": 1.5, "random": 1.25, "fast": 1.0}}))
+    hours = {"toe": 1.5, "random": 1.25, "fast": 1.0, "short": 2.0}
+    (args.results / "timing.json").write_text(json.dumps({"core_hours": hours}))
     runs.show_status(args, runs.list_jobs(args))
     lines = capsys.readouterr().out.splitlines()[1:]
     assert "toe-0 | under way | 3 of 15 | 0.25 | 1.25" in lines
-    assert lines[-1] == "in all | | | 3.00 | 7.50"  # 1.25 + 1.25 + 1.5 + 2 * 1.25 + 1.0
+    assert lines[-1] == "in all | | | 3.00 | 11.50"  # 1.25 + 1.25 + 1.5 + 2 * 1.25 + 1.0 + 2 * 2.0
 
 
 def test_a_checkpoint_that_was_cut_short_is_passed_over(runs, args):
