@@ -154,6 +154,12 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--batch-size", type=int, help="images in a batch (default: of the preset; 128 on a GPU)")
     args = parser.parse_args()
+    if args.json and not args.json.absolute().parent.is_dir():
+        parser.error(f"--json {args.json}: the folder does not exist; create it first.")
+    if args.batch_size is not None and args.batch_size < 1:
+        parser.error(f"--batch-size must be at least 1, got {args.batch_size}.")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch sees no GPU here; leave it out.")
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
     meta = run_meta()

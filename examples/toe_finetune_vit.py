@@ -108,9 +108,11 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--learning-rate", type=float, default=3e-4)
     parser.add_argument("--lora-learning-rate", type=float, default=3e-3)
-    parser.add_argument("--preset", default="deit", help="schedule: deit, lv-vit, efficient-train or fast")
+    parser.add_argument("--preset", choices=("deit", "lv-vit", "efficient-train", "fast"), default="deit")
     parser.add_argument("--smoke", action="store_true", help="toy model, one seed, three epochs, under a minute")
     args = parser.parse_args()
+    if args.epochs < 1:
+        parser.error(f"--epochs must be at least 1, got {args.epochs}.")
     if args.smoke:
         args.model, args.seeds, args.epochs = None, [0], 3
     torch.set_num_threads(1)
