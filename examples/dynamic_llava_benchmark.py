@@ -172,6 +172,8 @@ def main() -> None:
     parser.add_argument("--preset", choices=PRESETS, default="medium")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
     args = parser.parse_args()
+    if args.json and not args.json.absolute().parent.is_dir():
+        parser.error(f"--json {args.json}: the folder does not exist; create it first.")
     torch.set_flush_denormal(True)
     meta = run_meta()
     figures, seconds = run(PRESETS[args.preset])

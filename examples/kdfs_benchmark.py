@@ -184,6 +184,8 @@ def main() -> None:
     parser.add_argument("--preset", choices=list(PRESETS), default="medium", help="default: medium")
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the numbers there")
     options = parser.parse_args()
+    if options.json and not options.json.absolute().parent.is_dir():
+        parser.error(f"--json {options.json}: the folder does not exist; create it first.")
     meta = run_meta()
     logging.set_verbosity_error()
     preset = PRESETS[options.preset]

@@ -162,6 +162,8 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=256, help="pixels, a multiple of 256")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
+    if args.json and not args.json.absolute().parent.is_dir():
+        parser.error(f"--json {args.json}: the folder does not exist; create it first.")
     if args.size < 256 or args.size % 256:
         parser.error(f"--size must be a multiple of 256, got {args.size}")
     for option, value in (("--rounds", args.rounds), ("--threads", args.threads)):

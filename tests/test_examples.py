@@ -1,6 +1,7 @@
 """Every example says what it reproduces, has --help and --smoke, and its smoke run ends well."""
 
 import ast
+import importlib
 import json
 import re
 import subprocess
@@ -121,6 +122,19 @@ def test_smoke_run(path, tmp_path):
     before = {file: file.stat().st_mtime_ns for file in EXAMPLES.parent.glob("model_cards/*/*")}
     run(path, "--smoke", cwd=tmp_path)
     assert {file: file.stat().st_mtime_ns for file in EXAMPLES.parent.glob("model_cards/*/*")} == before
+
+
+@pytest.mark.parametrize("path", BENCHMARKS, ids=name)
+def test_a_benchmark_looks_for_the_folder_of_its_figures_first(path, tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(EXAMPLES)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [path.name, "--json", "no/such/figures.json"])
+    module = importlib.import_module(path.stem)
+    monkeypatch.setattr(module, "run_meta", lambda: pytest.fail("it began to measure"))
+    with pytest.raises(SystemExit) as stop:
+        module.main()
+    assert stop.value.code == 2
+    assert "--json no/such/figures.json: the folder does not exist; create it first." in capsys.readouterr().err
 
 
 @pytest.mark.slow

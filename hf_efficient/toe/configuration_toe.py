@@ -8,7 +8,7 @@ from typing import Any
 
 DISTANCES = ("cosine", "euclidean", "manhattan")
 
-# recipes of the authors (DeiT, LV-ViT, EfficientTrain) and one that trades more tokens for time
+# recipes of the authors (DeiT, LV-ViT, EfficientTrain) and one that keeps fewer tokens and takes less time
 _PRESETS: dict[str, dict[str, Any]] = {
     "deit": {"keep_rates": (0.5, 0.75, 1.0), "initial_keep_rate": 0.25},
     "lv-vit": {"keep_rates": (0.4, 0.7, 1.0), "initial_keep_rate": 0.2},

@@ -9,7 +9,6 @@ import pytest
 @pytest.mark.parametrize(
     ("script", "work", "options", "message"),
     [
-        ("toe_benchmark", "measure", "--json no/such/figures.json", "no/such/figures.json: the folder does not exist"),
         ("toe_benchmark", "measure", "--batch-size 0", "--batch-size must be at least 1, got 0."),
         ("toe_finetune_vit", "run", "--preset faster", "invalid choice: 'faster'"),
         ("toe_finetune_vit", "run", "--epochs 0", "--epochs must be at least 1, got 0."),
