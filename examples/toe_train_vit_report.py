@@ -127,6 +127,19 @@ def report(args: argparse.Namespace, runs: list[dict], model: PreTrainedModel, m
     return results
 
 
+def choices_table(folder: Path) -> list[dict[str, Any]]:
+    """The trials behind the recipe: run files of other options in `folder/choices/NAME`, judged on held-out rows."""
+    runs = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("choices/*/run-*.json"))]
+    rows = []
+    for run in runs:
+        recipe, score = run["recipe"], f"{100 * run['validation_accuracy']:.2f}"
+        options = [recipe["shift"], recipe["batch_size"], f"{recipe['learning_rate']:g}", recipe["epochs"]]
+        rows.append([*options, WORDS[run["arm"]], run["seed"], score])
+    columns = ["crop, pixels", "batch", "learning rate", "epochs", "arm", "seed", "validation, %"]
+    note = "One run each, judged on held-out training rows; chosen is the best on the mean of all tokens and ToE."
+    return [{"title": "Trials for the recipe", "columns": columns, "rows": rows, "note": note}] if rows else []
+
+
 USAGE = """from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
@@ -179,6 +192,7 @@ def write_checkpoint(args: argparse.Namespace, results: dict[str, Any]) -> None:
             + BOUND,
         }
     ]
+    tables += choices_table(args.results)
     extra = sorted(args.results.glob("finetune*/table.json"))  # of toe_finetune_vit.py
     tables += [json.loads(file.read_text(encoding="utf-8")) for file in extra]
     timing = args.results / "timing.json"
