@@ -376,6 +376,7 @@ def test_checkpoints_are_found_beside_the_package_or_named(monkeypatch, vit):
 
     monkeypatch.setattr(serve_demo, "find_checkpoints", wheel)
     assert serve_demo.Checkpoints.find() == serve_demo.Checkpoints()
+    assert serve_demo.Checkpoints(pix2pix=Path("a/b")).pix2pix == "a/b"
 
 
 def test_the_command_complains_well(monkeypatch, capsys):

@@ -20,10 +20,10 @@ class Checkpoints:
 
     Args:
         llava (`dict[str, Path]`): Folders of sparse LLaVAs by the name that visitors read.
-        toe (`str`, *optional*): Plain vision transformer.
-        kdfs (`str`, *optional*): Pruned network.
-        kdfs_dense (`str`, *optional*): The network it was pruned from.
-        pix2pix (`str`, *optional*): Cartoon-to-photo model.
+        toe (`str` or `Path`, *optional*): Plain vision transformer.
+        kdfs (`str` or `Path`, *optional*): Pruned network.
+        kdfs_dense (`str` or `Path`, *optional*): The network it was pruned from.
+        pix2pix (`str` or `Path`, *optional*): Cartoon-to-photo model.
     """
 
     llava: dict[str, Path] = field(default_factory=dict)
@@ -31,6 +31,11 @@ class Checkpoints:
     kdfs: str | None = None
     kdfs_dense: str | None = None
     pix2pix: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("toe", "kdfs", "kdfs_dense", "pix2pix"):
+            value = getattr(self, name)
+            object.__setattr__(self, name, None if value is None else os.fspath(value))
 
     @classmethod
     def find(cls, llava: list[str] | None = None, **names: str | None) -> "Checkpoints":
