@@ -1,11 +1,16 @@
 """Book-keeping of `examples/toe_train_vit.py`: a comparison that takes several sittings."""
 
 import argparse
+import importlib
 import importlib.util
 import json
 import sys
 
 import pytest
+from transformers import ViTConfig, ViTForImageClassification
+
+from hf_efficient import ToEConfig
+from hf_efficient.toe import speedup_bound
 
 
 @pytest.fixture(scope="module")
@@ -152,3 +157,28 @@ def test_fine_tuning_reads_no_arm_of_other_options_back(repository, monkeypatch,
     args.epochs = 10
     with pytest.raises(SystemExit, match=r"full-0.json is of a run with epochs 3, not 10"):
         script.run(args, "full", 0)
+
+
+def test_the_short_arm_costs_what_toe_costs(runs, args):
+    size = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 64}
+    model = ViTForImageClassification(ViTConfig(**size, image_size=32, patch_size=4))
+    args.image_size = 32
+    assert [runs.epochs_of(args, arm, model) for arm in ("full", "toe", "random", "fast")] == [15] * 4
+    bound, stages = speedup_bound(model, 64, ToEConfig())
+    assert runs.epochs_of(args, "short", model) == pytest.approx(15 * sum(stages) / 3)
+    assert 1.1 < bound < 1.4
+
+
+def test_trials_become_a_table(runs, args, repository, monkeypatch):
+    monkeypatch.syspath_prepend(repository / "examples")
+    report = importlib.import_module("toe_train_vit_report")
+    assert report.choices_table(args.results) == []
+    args.shift, args.batch_size = 4, 128
+    finish(runs, args, "full", 0, 1.0)  # of the comparison itself: no trial
+    run = {"arm": "toe", "seed": 9, "validation_accuracy": 0.5, "recipe": runs.make_recipe(args, "toe")}
+    folder = args.results / "choices" / "crop-4"
+    folder.mkdir(parents=True)
+    (folder / "run-toe-9.json").write_text(json.dumps(run))
+    (table,) = report.choices_table(args.results)
+    assert table["rows"] == [[4, 128, "0.001", 15, "ToE", 9, "50.00"]]
+    assert len(table["columns"]) == len(table["rows"][0])
