@@ -75,6 +75,7 @@ def arguments(folder: Path, options: Any, depth: int, seed: int) -> TrainingArgu
         dataloader_pin_memory=False,
         report_to="none",
         seed=seed,
+        bf16=options.bf16,
         use_cpu=options.cpu,
         disable_tqdm=options.quiet,
     )

@@ -31,6 +31,7 @@ RECIPE = (
     "flops_weight",
     "kd_weight",
     "kd_temperature",
+    "bf16",
 )
 
 

@@ -116,7 +116,7 @@ class DistillationTrainer(PushesNoPickles, Trainer):
         """
         if self.teacher is None or self.kd_weight == 0:
             return {}
-        with torch.no_grad():
+        with torch.no_grad(), self.accelerator.autocast():
             teacher_logits = self.teacher(pixel_values).logits
         return {"distillation": distillation_loss(output.logits, teacher_logits, self.kd_temperature)}
 
@@ -299,7 +299,7 @@ class KDFSTrainer(DistillationTrainer):
         losses = {"flops": flops_loss(output.macs, self._dense_macs, config.keep_share)}
         if self.teacher is None or (config.kd_weight == 0 and self.teacher_taps is None):
             return losses
-        with torch.no_grad():
+        with torch.no_grad(), self.accelerator.autocast():
             teacher_logits = self.teacher(pixel_values).logits
         if config.kd_weight > 0:
             losses["distillation"] = distillation_loss(output.logits, teacher_logits, config.kd_temperature)

@@ -186,6 +186,17 @@ def test_bfloat16(arguments, toy_data):
     assert abs(kept - 0.6) < 0.01
 
 
+@pytest.mark.parametrize("trainer_class", [DistillationTrainer, KDFSTrainer])
+def test_in_bfloat16_the_teacher_computes_in_bfloat16_too(trainer_class, arguments, toy_data):
+    teacher, seen = cifar(), []
+    teacher.cifar_resnet.conv1.register_forward_hook(lambda module, args, output: seen.append(output.dtype))
+    trainer = trainer_class(
+        model=cifar(), args=arguments(bf16=True, max_steps=1), train_dataset=toy_data(), teacher=teacher
+    )
+    trainer.train()
+    assert set(seen) == {torch.bfloat16}
+
+
 def test_distillation_alone(arguments, toy_data):
     teacher = cifar()
     trainer = DistillationTrainer(
