@@ -210,16 +210,21 @@ def _output(quiet: bool) -> Iterator[None]:
 
 def _write_report(report: dict[str, Any], arguments: argparse.Namespace) -> None:
     text = report.pop("text", "")
-    document = json.dumps(report, indent=2, ensure_ascii=False) + "\n"
     if arguments.json == "-":
-        sys.stdout.write(document)
+        sys.stdout.write(json.dumps(report, indent=2) + "\n")
         return
     if arguments.json:
         from .results import write_whole
 
-        write_whole(Path(arguments.json), document)
+        document = json.dumps(report, indent=2, ensure_ascii=False) + "\n"
+        write_whole(Path(arguments.json), _escape(document, "utf-8"))
     if text and not arguments.quiet:
-        sys.stdout.write(text.rstrip("\n") + "\n")
+        sys.stdout.write(_escape(text.rstrip("\n"), sys.stdout.encoding or "utf-8") + "\n")
+
+
+def _escape(text: str, encoding: str) -> str:
+    r"""Write what an encoding lacks as `\u...`, such as names of files that were given in another one."""
+    return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The `hf-efficient` command: help, exit codes, sentences instead of tracebacks, JSON and quiet output."""
 
 import argparse
+import io
 import json
 import re
 import shlex
@@ -53,6 +54,8 @@ def toy(monkeypatch):
             if arguments.mode in errors:
                 raise errors[arguments.mode]
             result = {"answer": 42, "text": "The answer is 42."}
+            if arguments.mode == "foreign":  # the name of a file that is not UTF-8, as Python reads it
+                return {"file": "caf\udce9.png", "text": "Wrote caf\udce9.png \u2192 done."}
             return result | ({"incomplete": "1 of 2 answers is missing."} if arguments.mode == "part" else {})
 
     monkeypatch.setitem(cli._COMMANDS, "toy", ("cli", "Toy", "a toy"))
@@ -92,6 +95,20 @@ def test_result_goes_to_the_terminal_and_into_the_file(toy, capsys, tmp_path):
     assert json.loads((tmp_path / "out.json").read_text()) == {"answer": 42}
     assert cli.main(["toy", "fine", "--json", "-"]) == 0
     assert json.loads(capsys.readouterr().out) == {"answer": 42}
+
+
+def test_names_of_files_in_another_encoding_are_written_with_escapes(toy, capsys, tmp_path, monkeypatch):
+    file = tmp_path / "out.json"
+    assert cli.main(["toy", "foreign", "--json", str(file)]) == 0
+    assert json.loads(file.read_bytes()) == {"file": "caf\udce9.png"}
+    assert capsys.readouterr().out == "Wrote caf\\udce9.png \u2192 done.\n"
+    for arguments, written in (([], b"Wrote caf\\udce9.png \\u2192 done.\n"), (["--json", "-"], None)):
+        narrow = io.TextIOWrapper(io.BytesIO(), encoding="cp1252", newline="\n")  # a terminal of Windows
+        monkeypatch.setattr(sys, "stdout", narrow)
+        assert cli.main(["toy", "foreign", *arguments]) == 0
+        narrow.flush()
+        found = narrow.buffer.getvalue()
+        assert found == written if written else json.loads(found) == {"file": "caf\udce9.png"}
 
 
 @pytest.mark.parametrize(
