@@ -495,7 +495,9 @@ def test_command(networks, capsys, tmp_path):
     [
         (["--repeats", "0"], "--repeats must be at least 1, got 0."),
         (["--dtype", "load"], "--dtype must be a dtype of torch such as float32 or bfloat16, got 'load'."),
-        (["--device", "cuda:999999"], "--device"),
+        (["--device", "cuda:999999"], "--device must be one that torch can use here, such as cpu, got 'cuda:999999'."),
+        (["--device", "xpu:77"], "--device must be one that torch can use here, such as cpu, got 'xpu:77'."),
+        (["--device", "meta"], "--device must be one that torch can use here, such as cpu, got 'meta'."),
         (["--plot", "report.exe"], "The picture must end in .png, .svg, .pdf, got 'report.exe'."),
         (["--plot", "no/such/report.png"], "--plot no/such/report.png: the folder does not exist"),
         (["--image", "no.png"], "--image no.png cannot be read as a picture: "),
@@ -504,11 +506,26 @@ def test_command(networks, capsys, tmp_path):
     ],
 )
 def test_command_complains_in_one_sentence(networks, capsys, options, sentence):
-    if options[0] == "--device" and torch.cuda.is_available():
-        pytest.skip("there is a GPU")
     assert cli.main(["report", str(networks / "small"), *options]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith(f"hf-efficient report: error: {sentence}")
+
+
+def test_damaged_weights_are_one_sentence(networks, capsys):
+    weights = networks / "small" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    assert cli.main(["report", str(networks / "small")]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith(
+        f"hf-efficient report: error: MODEL {networks / 'small'} holds weights that cannot be read"
+    )
+
+
+def test_a_picture_has_one_or_three_channels(tmp_path, capsys):
+    config = CifarResNetConfig(depth=8, hidden_sizes=[4, 8, 8], image_size=16, num_channels=4)
+    CifarResNetForImageClassification(config).save_pretrained(tmp_path / "four")
+    assert cli.main(["report", str(tmp_path / "four")]) == 2
+    assert "takes 4 channels, and a picture has 1 or 3: call hf_efficient.efficiency_report" in capsys.readouterr().err
 
 
 def test_kinds_that_the_command_loads(repository):

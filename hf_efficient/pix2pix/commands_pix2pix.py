@@ -247,16 +247,17 @@ class _Failed:
 def _load_pipeline(model: str, device: str | None = None) -> Any:
     """The pipeline of `model`, or one sentence that says why there is none."""
     import torch
+    from safetensors import SafetensorError
     from transformers import pipeline
 
     try:
         if device is not None:
-            torch.zeros(1, device=device)
+            torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(f"--device must be one that torch can use here, such as cpu, got {device!r}.") from error
     try:
         return pipeline("image-to-image", model=model, device=device)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         kind = "holds no image-to-image model that loads" if Path(model).is_dir() else "is no folder here"
         other = "" if Path(model).is_dir() else " and no Hub id that could be loaded"
         reason = str(error).strip().split("\n")[0].split(". ")[0].rstrip(".")

@@ -1,6 +1,7 @@
 """`hf-efficient cartoonize`, `translate`, `robustness` and `convert-pix2pix`: results and errors."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -274,12 +275,17 @@ def test_wrong_input_gets_one_sentence_and_exit_code_2(tmp_path, picture_folder,
     (tmp_path / "file.txt").write_text("words")
     (tmp_path / "rows.parquet").write_text("words")
     file, photos, out = str(tmp_path / "file.txt"), str(picture_folder), str(tmp_path / "out")
+    damaged = shutil.copytree(checkpoint, tmp_path / "damaged")
+    weights = damaged / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
     cases = [
         (["cartoonize", photos, file], f"DEST {file} is a file"),
         (["cartoonize", photos, file + "/sub"], f"DEST {file}/sub cannot be made"),
         (["cartoonize", file, out], f"{file}: no picture"),
         (["translate", checkpoint, photos, file], f"DEST {file} is a file"),
         (["translate", checkpoint, photos, out, "--device", "tpu9"], "--device must be one that torch can use here"),
+        (["translate", checkpoint, photos, out, "--device", "meta"], "--device must be one that torch can use here"),
+        (["translate", str(damaged), photos, out], f"MODEL {damaged} holds no image-to-image model that loads ("),
         (["translate", "no/where", photos, out], "MODEL no/where is no folder here and no Hub id"),
         (["robustness", "no/where", photos], "MODEL no/where is no folder here and no Hub id"),
         (["robustness", checkpoint, "nowhere"], "DATA nowhere does not exist"),
