@@ -200,6 +200,12 @@ class SparseLoadingMixin:
                 f"`folder` must hold predictors of this model's sizes, got {len(wrong)} tensors that do not fit, "
                 f"first {wrong[0]!r}: build the model with the `predictor_*` settings in {folder / SETTINGS_FILE}."
             )
+        heads, found = self.config.predictor_num_heads, settings.get("predictor_num_heads")
+        if found not in (None, heads):  # no shape tells it
+            raise ValueError(
+                f"`folder` must hold predictors of {heads} attention heads, as this model has, got {found}: build the "
+                f"model with the `predictor_*` settings in {folder / SETTINGS_FILE}."
+            )
         with torch.no_grad():
             for key, value in weights.items():
                 own[key].copy_(value)

@@ -193,6 +193,15 @@ class TestPredictorsAlone:
         assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
         assert model.config.predictor_hidden_size == 16
 
+    def test_another_number_of_heads_which_no_shape_tells_changes_nothing(self, make_trainable, tmp_path):
+        make_trainable(predictor_num_heads=4).save_predictors(tmp_path)
+        model = make_trainable()
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        with pytest.raises(ValueError, match="`folder` must hold predictors of 2 attention heads, .* got 4"):
+            model.load_predictors(tmp_path)
+        assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+        assert model.config.predictor_num_heads == 2
+
     @pytest.mark.parametrize("name", ["predictors.safetensors", "predictors_config.json"])
     def test_a_missing_file(self, make_trainable, tmp_path, name):
         model = make_trainable()
