@@ -68,7 +68,7 @@ def plot_kept_tokens(
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError('plot_kept_tokens needs matplotlib; run pip install -e ".[quickstart]".') from error
+        raise ImportError('plot_kept_tokens needs matplotlib; run pip install "hf-efficient[quickstart]".') from error
     mask = _find_mask(sparsity, row, number, grid)
     picture = _fit_picture(image, mask.shape, fit)
     decisions = _find_decisions(sparsity, row, answer_tokens)

@@ -98,7 +98,7 @@ def _cv2() -> Any:
     try:
         return import_module("cv2")
     except ImportError as error:
-        raise ImportError("cartoonize needs OpenCV; install it with: pip install 'hf-efficient[pix2pix]'") from error
+        raise ImportError('cartoonize needs OpenCV; run pip install "hf-efficient[pix2pix]".') from error
 
 
 def _shrink(cv2: Any, rgb: np.ndarray) -> np.ndarray:

@@ -130,7 +130,7 @@ def plot_curves(report: RobustnessReport) -> Image.Image:
     try:
         figure_class = import_module("matplotlib.figure").Figure
     except ImportError as error:
-        raise ImportError("Plots need matplotlib; install it with: pip install 'hf-efficient[pix2pix]'") from error
+        raise ImportError('Plots need matplotlib; run pip install "hf-efficient[pix2pix]".') from error
     names = report.figures
     methods = report.methods
     figure = figure_class(figsize=(3 * len(names), 2.3 * len(methods) + 0.6), layout="constrained", dpi=100)

@@ -357,9 +357,7 @@ class EfficientNetLite0Features(nn.Module):
         try:
             timm = import_module("timm")
         except ImportError as error:
-            raise ImportError(
-                "Feature figures need timm; install it with: pip install 'hf-efficient[vision]'"
-            ) from error
+            raise ImportError('Feature figures need timm; run pip install "hf-efficient[vision]".') from error
         try:
             self.network = timm.create_model("tf_efficientnet_lite0", checkpoint_path=str(weights)).eval()
         except Exception as error:  # whatever a file of another kind raises
@@ -398,7 +396,7 @@ class _Meter:
             self.library = import_module("torchmetrics")
         except ImportError as error:
             raise ImportError(
-                "evaluate_robustness needs torchmetrics; install it with: pip install 'hf-efficient[pix2pix]'"
+                'evaluate_robustness needs torchmetrics; run pip install "hf-efficient[pix2pix]".'
             ) from error
         self.photos, self.network, self.extra = [_to_tensor(photo) for photo in photos], network, extra
         self.batch_size, self.seed = batch_size, seed

@@ -549,7 +549,7 @@ class ImageMetrics:
             functions = import_module("torchmetrics.functional.image")
         except ImportError as error:
             raise ImportError(
-                "Measuring PSNR and SSIM needs torchmetrics; install it with: pip install 'hf-efficient[pix2pix]'"
+                'Measuring PSNR and SSIM needs torchmetrics; run pip install "hf-efficient[pix2pix]".'
             ) from error
         output, label = (torch.as_tensor(x).float() for x in (prediction.predictions, prediction.label_ids))
         output = output.clamp(-1, 1)

@@ -36,7 +36,7 @@ def draw_report(report: EfficiencyReport) -> "Figure":
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError('The picture needs matplotlib; run pip install -e ".[quickstart]".') from error
+        raise ImportError('The picture needs matplotlib; run pip install "hf-efficient[quickstart]".') from error
 
     compared = [phase for phase in report.phases if phase.baseline is not None]
     phases = compared or report.phases

@@ -20,12 +20,16 @@ _BLACK, _WHITE, _STROKE = (0.24, 0.38, 0.62), (0.54, 0.69, 0.90), "white"
 _COLOURS = {"full": "#444444", "toe": "#1b7837", "random": "#b35806", "fast": "#2166ac", "short": "#999999"}
 
 
-def _pyplot() -> Any:
+def _make_figure(**settings: Any) -> "Figure":
+    """Make a figure that pyplot does not know: it is gone with its last name, and any thread may draw it."""
     try:
-        from matplotlib import pyplot
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError("Pictures need matplotlib: `pip install 'hf-efficient[quickstart]'`.") from error
-    return pyplot
+        raise ImportError('Pictures need matplotlib; run pip install "hf-efficient[quickstart]".') from error
+    figure = Figure(**settings)
+    FigureCanvasAgg(figure)
+    return figure
 
 
 @torch.no_grad()
@@ -82,13 +86,13 @@ def plot_expansion(
         config (`ToEConfig`, *optional*): The schedule.
 
     Returns:
-        `matplotlib.figure.Figure`
+        `matplotlib.figure.Figure`: Not known to pyplot; `figure.savefig(path)` writes it, a notebook shows it.
 
     Raises:
         ValueError: If the patches do not form a square, or the model is refused.
         ImportError: If matplotlib is missing.
     """
-    pyplot, config = _pyplot(), ToEConfig() if config is None else config
+    config = ToEConfig() if config is None else config
     masks = [choose_patches(model, pixel_values, stage, config).cpu() for stage in range(1, config.num_stages + 1)]
     side = round(masks[0].shape[1] ** 0.5)
     if side**2 != masks[0].shape[1]:
@@ -97,7 +101,8 @@ def plot_expansion(
         low, high = pixel_values.amin(), pixel_values.amax()
         pictures = list(((pixel_values - low) / (high - low).clamp_min(1e-6)).permute(0, 2, 3, 1).cpu().numpy())
     size = (2.3 * (len(masks) + 1), 2.3 * len(pictures) + 0.4)
-    figure, axes = pyplot.subplots(len(pictures), len(masks) + 1, figsize=size, squeeze=False, layout="constrained")
+    figure = _make_figure(figsize=size, layout="constrained")
+    axes = figure.subplots(len(pictures), len(masks) + 1, squeeze=False)
     place = {"extent": (0, side, side, 0), "interpolation": "nearest"}
     for row, picture in enumerate(map(_as_colours, pictures)):
         axes[row, 0].imshow(picture, **place)
@@ -163,12 +168,13 @@ def plot_accuracy(runs: Sequence[dict[str, Any]], target: float | None = None) -
         target (`float`, *optional*): Accuracy to draw a level line at, in `[0, 1]`.
 
     Returns:
-        `matplotlib.figure.Figure`
+        `matplotlib.figure.Figure`: Not known to pyplot, as that of [`plot_expansion`].
 
     Raises:
         ImportError: If matplotlib is missing.
     """
-    figure, axis = _pyplot().subplots(figsize=(6, 4))
+    figure = _make_figure(figsize=(6, 4))
+    axis = figure.subplots()
     named = set()
     for run in runs:
         minutes = [point["cpu_seconds"] / 60 for point in run["history"]]

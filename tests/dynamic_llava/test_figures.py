@@ -165,5 +165,5 @@ def test_wrong_input_is_named(kwargs, words):
 
 def test_without_matplotlib_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
-    with pytest.raises(ImportError, match=r"needs matplotlib; run pip install -e \"\.\[quickstart\]\""):
+    with pytest.raises(ImportError, match=r'needs matplotlib; run pip install "hf-efficient\[quickstart\]"'):
         plot_kept_tokens(WHITE, record([0], 4))

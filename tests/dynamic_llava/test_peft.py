@@ -197,7 +197,7 @@ class TestPredictorsAlone:
         make_trainable(predictor_num_heads=4).save_predictors(tmp_path)
         model = make_trainable()
         before = {name: value.clone() for name, value in model.state_dict().items()}
-        with pytest.raises(ValueError, match="`folder` must hold predictors of 2 attention heads, .* got 4"):
+        with pytest.raises(ValueError, match=r"`folder` must hold predictors of 2 attention heads, .* got 4"):
             model.load_predictors(tmp_path)
         assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
         assert model.config.predictor_num_heads == 2

@@ -1,6 +1,9 @@
+import sys
+
 import numpy as np
 import pytest
 import torch
+from matplotlib import pyplot
 from PIL import Image
 
 from hf_efficient import ToEConfig, TokenExpansion
@@ -59,6 +62,20 @@ def test_grey_pictures_are_drawn_in_grey(make_vit):
     shown = np.asarray(figure.axes[0].images[0].get_array())
     assert shown.shape == (32, 32, 3)
     assert np.ptp(shown, axis=2).max() == 0
+
+
+def test_pyplot_knows_nothing_of_the_figures(make_vit):
+    """Else each would stay in memory, and a server's thread could draw none on macOS."""
+    before = pyplot.get_fignums()
+    plot_expansion(make_vit(), torch.rand(1, 3, 32, 32))
+    plot_accuracy([{"arm": "toe", "history": [{"cpu_seconds": 60.0, "accuracy": 0.2}]}])
+    assert pyplot.get_fignums() == before
+
+
+def test_without_matplotlib_the_extra_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ImportError, match=r'need matplotlib; run pip install "hf-efficient\[quickstart\]"'):
+        plot_accuracy([])
 
 
 def test_patches_must_form_a_square(make_vit):
