@@ -10,7 +10,7 @@ from pathlib import Path
 from PIL import Image
 
 from .figures_pix2pix import save_picture, write_whole
-from .robustness_pix2pix import FIGURES, PAPER_PIXEL_DISSIMILARITY, RobustnessReport
+from .robustness_pix2pix import FIGURES, PAPER_PIXEL_DISSIMILARITY, RobustnessReport, format_figure
 
 
 _STYLE = """
@@ -288,14 +288,15 @@ def _paper(report: RobustnessReport) -> str:
 def _all_rows(report: RobustnessReport) -> str:
     columns = ["model", "cartoonizer", "severity", *(FIGURES.get(name, (name,))[0] for name in report.figures)]
     rows = [
-        [row["model"], row["method"], str(row["severity"]), *(_cell(row[name]) for name in report.figures)]
+        [
+            row["model"],
+            row["method"],
+            str(row["severity"]),
+            *(format_figure(name, row[name]) for name in report.figures),
+        ]
         for row in report.rows
     ]
     return _table(columns, rows)
-
-
-def _cell(value: float | None) -> str:
-    return "identical" if value is None else f"{value:.4g}"
 
 
 def _sample(name: str, sheet: Image.Image) -> str:

@@ -157,7 +157,7 @@ class RobustnessReport:
         header = ["model", "cartoonizer", "severity", *(FIGURES.get(name, (name,))[0] for name in self.figures)]
         lines = [header]
         for row in self.rows:
-            figures = ["identical" if row[name] is None else f"{row[name]:.4g}" for name in self.figures]
+            figures = [format_figure(name, row[name]) for name in self.figures]
             lines.append([row["model"], row["method"], str(row["severity"]), *figures])
         widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
         return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines)
@@ -173,6 +173,22 @@ class RobustnessReport:
             `pathlib.Path`: The page.
         """
         return import_module(".report_pix2pix", __package__).write_report(self, Path(folder), title)
+
+
+def format_figure(name: str, value: float | None) -> str:
+    """Write a figure for a table.
+
+    Args:
+        name (`str`): Name of the figure.
+        value (`float`, *optional*): None where it does not exist.
+
+    Returns:
+        `str`: Four significant digits; "identical" without a PSNR, "undefined" without another figure (black images
+        have no angle).
+    """
+    if value is not None:
+        return f"{value:.4g}"
+    return "identical" if name == "psnr" else "undefined"
 
 
 def evaluate_robustness(

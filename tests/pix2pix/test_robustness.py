@@ -188,6 +188,18 @@ def test_a_figure_that_one_photograph_lacks_is_the_mean_of_the_others(tiny_model
     assert both["ssim"] == pytest.approx((1 + alone["ssim"]) / 2)
 
 
+def test_black_translations_are_not_called_identical(photos, tmp_path):
+    dead = Pix2PixModel(Pix2PixConfig(num_levels=1, base_channels=1, image_size=8))
+    dead.network.forward = lambda pixels: -torch.ones_like(pixels)
+    report = evaluate_robustness(dead, photos, severities=(0,), methods=["palette"], limit=1)
+    rows = {row["model"]: row for row in report.rows}
+    assert rows["model"]["pixel_dissimilarity"] is None  # black has no angle to anything
+    itself, black = str(report).splitlines()[1:]
+    assert ("identical" in itself, "identical" in black, "undefined" in black) == (True, False, True)
+    page = report.save(tmp_path).read_text()
+    assert (page.count("<td>identical</td>"), page.count("<td>undefined</td>")) == (1, 1)
+
+
 def test_names_are_escaped_in_the_page(small, photos, tmp_path):
     name = "<td><script>alert(1)</script>"
     report = evaluate_robustness({name: small}, photos, severities=(0, 3), methods=["palette"], limit=2)
