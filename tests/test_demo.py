@@ -6,6 +6,7 @@ import os
 import re
 import struct
 import sys
+import tempfile
 import zlib
 from importlib.metadata import requires
 from pathlib import Path
@@ -15,7 +16,13 @@ import pytest
 import torch
 import yaml
 from PIL import Image
-from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
+from transformers import (
+    CLIPConfig,
+    CLIPForImageClassification,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTImageProcessor,
+)
 
 from hf_efficient import (
     CifarResNetConfig,
@@ -211,6 +218,17 @@ def test_stages_of_a_checkpoint(vit, photo):
     assert page.count("<img ") == 3
 
 
+def test_stages_of_a_model_that_names_its_size_elsewhere(tmp_path, photo):
+    """CLIP has the size in its vision configuration, timm's wrapper in none that we know."""
+    size = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_hidden_layers": 2}
+    config = CLIPConfig(vision_config={**size, "image_size": 24, "patch_size": 4}, text_config=size)
+    CLIPForImageClassification(config).save_pretrained(tmp_path / "clip")
+    ViTImageProcessor(size={"height": 24, "width": 24}).save_pretrained(tmp_path / "clip")
+    text = words(ToEDemo(str(tmp_path / "clip")).show(photo, DEIT))
+    assert "18 of 36 patches" in text
+    assert "24 x 24 pixels" in text
+
+
 def test_stages_without_a_checkpoint_say_that_nothing_was_learned(photo):
     state = torch.get_rng_state()
     page = ToEDemo().show(photo, DEIT)
@@ -361,7 +379,22 @@ def test_the_page_asks_nobody_else(page_module):
     assert not theme._stylesheets
 
 
-def test_checkpoints_are_found_beside_the_package_or_named(monkeypatch, vit):
+def _checkpoint(folder: Path) -> Path:
+    """A folder that looks like a checkpoint."""
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    return folder
+
+
+def test_nothing_is_left_of_the_examples(page_module, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    app = page_module.build_demo(serve_demo.Checkpoints(), serve_demo.import_gradio())
+    assert list(tmp_path.glob("hf_efficient_demo_*/*.jpg"))
+    app.forget_examples()
+    assert not list(tmp_path.glob("hf_efficient_demo_*"))
+
+
+def test_checkpoints_are_found_beside_the_package_or_named(monkeypatch, vit, tmp_path):
     found = serve_demo.Checkpoints.find(toe="someone/vit")
     assert list(found.llava) == ["easy-VQA", "scenes"]
     assert found.toe == "someone/vit"
@@ -370,6 +403,12 @@ def test_checkpoints_are_found_beside_the_package_or_named(monkeypatch, vit):
     assert (named.kdfs, named.kdfs_dense) == ("someone/pruned", None)
     with pytest.raises(FileNotFoundError, match="nowhere holds no config"):
         serve_demo.Checkpoints.find(llava=["nowhere"])
+    with pytest.raises(ValueError, match="--llava names two folders scenes: rename one of them"):
+        serve_demo.Checkpoints.find(llava=[str(_checkpoint(tmp_path / name / "scenes")) for name in "ab"])
+    for name, option in (("toe", "toe"), ("kdfs_dense", "kdfs-dense")):
+        for wrong, why in ((tmp_path, "holds no config.json"), ("./nowhere", "is no folder here and no Hub id")):
+            with pytest.raises(FileNotFoundError, match=re.escape(f"--{option} {wrong} {why}; name a checkpoint")):
+                serve_demo.Checkpoints.find(**{name: str(wrong)})
 
     def wheel() -> Path:
         raise FileNotFoundError

@@ -4,7 +4,9 @@ Mistakes of a visitor come back as a sentence above the last result, which stays
 """
 
 import functools
+import shutil
 import tempfile
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -63,6 +65,7 @@ def build_demo(checkpoints: Any, gradio: Any) -> Any:
             _kdfs_tab(gradio, KDFSDemo(checkpoints.kdfs, checkpoints.kdfs_dense), photos, folder)
         with gradio.Tab("Pix2Pix"):
             _pix2pix_tab(gradio, Pix2PixDemo(checkpoints.pix2pix), photos)
+    app.forget_examples = weakref.finalize(app, shutil.rmtree, folder, ignore_errors=True)  # at the latest at exit
     return app
 
 

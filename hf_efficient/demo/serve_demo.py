@@ -49,8 +49,12 @@ class Checkpoints:
             [`Checkpoints`]
 
         Raises:
-            FileNotFoundError: If a folder of `llava` holds no checkpoint.
+            FileNotFoundError: If what is named is neither a checkpoint folder nor the id of one (`llava`: a folder).
+            ValueError: If two folders of `llava` have one name.
         """
+        for name, given in names.items():
+            if given:
+                _check_named(f"--{name.replace('_', '-')}", given)
         try:
             cards = find_checkpoints()
         except FileNotFoundError:  # a wheel carries none
@@ -67,9 +71,28 @@ class Checkpoints:
         for name, folder in folders.items():
             if not (folder / "config.json").is_file():
                 raise FileNotFoundError(f"--llava {folder}: {name} holds no config.json; name a checkpoint folder.")
+        if len(folders) < len(llava or []):
+            twice = [name for name in folders if sum(Path(folder).name == name for folder in llava) > 1]
+            raise ValueError(f"--llava names two folders {twice[0]}: rename one of them.")
         if not folders:
             folders = {title: Path(path) for title, card in LLAVA_CARDS.items() if (path := beside(card))}
         return cls(llava=folders, **found)
+
+
+def _check_named(option: str, name: str) -> None:
+    """Refuse what can be no checkpoint; whether the Hub has an id shows when its tab is used first."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    remedy = "name a checkpoint folder or an id of the Hub."
+    if Path(name).exists():
+        if not (Path(name) / "config.json").is_file():
+            raise FileNotFoundError(f"{option} {name} holds no config.json; {remedy}")
+        return
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise FileNotFoundError(f"{option} {name} is no folder here and no Hub id; {remedy}") from error
 
 
 def launch(

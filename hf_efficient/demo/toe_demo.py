@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageClassification, ViTConfig, ViTForImageClassification
 
 from hf_efficient.toe.configuration_toe import ToEConfig
@@ -82,20 +83,19 @@ class ToEDemo:
         """
         picture = read_picture(path)
         model = self.load()
-        config, side = ToEConfig.preset(PRESETS.get(preset, preset)), model.config.image_size
-        side = side if isinstance(side, int) else side[0]
-        pixels = self._prepare(crop_square(picture, side))
+        config, pixels = ToEConfig.preset(PRESETS.get(preset, preset)), self._prepare(picture)
+        height, width = pixels.shape[2:]
         expansion = TokenExpansion(config)
         masks = [choose_patches(model, pixels, stage, config)[0].numpy() for stage in range(1, config.num_stages + 1)]
         patches = len(masks[0])
-        grid = round(patches**0.5)
+        grid_rows = round((patches * height / width) ** 0.5)
         bound, costs = speedup_bound(model, patches, config)
         ends = [*config.stage_starts[1:], 1.0]
         figures, rows = [], []
         for number, (mask, start, end) in enumerate(zip(masks, config.stage_starts, ends), 1):
             kept = expansion.num_kept(patches, number)
             caption = f"Stage {number}, {start:.0%} to {end:.0%} of the training: {kept} of {patches} patches"
-            figures.append(figure(draw_patches(picture, mask.reshape(grid, grid), grey=True), caption, caption))
+            figures.append(figure(draw_patches(picture, mask.reshape(grid_rows, -1), grey=True), caption, caption))
             rows.append([f"stage {number}", kept, _count_new(masks, number), f"{costs[number - 1]:.2f}"])
         return block(
             f'<div class="cards">{"".join(figures)}</div>',
@@ -106,15 +106,18 @@ class ToEDemo:
             table(["", "patches trained on", "new in this stage", "share of multiply-adds"], rows),
             paragraph(
                 f"For this model the schedule allows a training {bound:.2f} times as fast at equal epochs, by its "
-                f"multiply-adds; that is calculated, nothing was trained here. It sees {side} x {side} pixels, the "
+                f"multiply-adds; that is calculated, nothing was trained here. It sees {width} x {height} pixels, the "
                 "middle of the picture.",
             ),
         )
 
-    def _prepare(self, picture: Any) -> torch.Tensor:
+    def _prepare(self, picture: Image.Image) -> torch.Tensor:
+        """The middle of a picture as the model takes it."""
         if self._processor is not None:
-            return self._processor(picture, return_tensors="pt")["pixel_values"]
-        values = torch.from_numpy(np.asarray(picture, dtype=np.float32) / 127.5 - 1)
+            square = crop_square(picture, min(picture.size))
+            return self._processor(square, return_tensors="pt")["pixel_values"]
+        square = crop_square(picture, self._model.config.image_size)
+        values = torch.from_numpy(np.asarray(square, dtype=np.float32) / 127.5 - 1)
         return values.permute(2, 0, 1)[None]  # (1, 3, height, width)
 
 
