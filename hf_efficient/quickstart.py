@@ -11,13 +11,15 @@ function, `run(checkpoints, output)`, which takes the folder of checkpoints and 
         "details": {...},                                                       # more for --json, optional
     }
 
-It shows progress with `transformers.utils.logging.tqdm` and uses no network. The checkpoints and packages that it
+`output` is a temporary folder, whose pictures move on when the part has ended: a picture is there whole or not at all.
+A part shows progress with `transformers.utils.logging.tqdm` and uses no network. The checkpoints and packages that it
 needs stand in `_PARTS`: they are looked for before the first part starts.
 """
 
 import argparse
 import os
 import sys
+import tempfile
 import time
 from importlib import import_module
 from importlib.util import find_spec
@@ -84,7 +86,10 @@ class Quickstart:
         start = time.perf_counter()
         for number, (title, part) in enumerate(_PARTS.items(), 1):
             begin = time.perf_counter()
-            found = import_module(f".{part.module}", __package__).run(checkpoints, output)
+            with tempfile.TemporaryDirectory(prefix=".", dir=output) as unfinished:
+                found = import_module(f".{part.module}", __package__).run(checkpoints, Path(unfinished))
+                for picture in found["pictures"]:
+                    os.replace(Path(unfinished) / picture["file"], output / picture["file"])
             found["seconds"] = round(time.perf_counter() - begin, 1)
             report["parts"][title] = found
             if not arguments.quiet:  # standard output is the result's

@@ -252,6 +252,7 @@ def test_quickstart_puts_the_parts_into_one_table(monkeypatch, tmp_path, capsys)
 
     def run(checkpoints, output):
         given.update(checkpoints=checkpoints, output=output)
+        (output / "a.png").write_text("a picture")
         return part
 
     monkeypatch.setattr(quickstart, "_PARTS", {"Toy": quickstart._Part("toy"), "Other": quickstart._Part("toy")})
@@ -260,8 +261,7 @@ def test_quickstart_puts_the_parts_into_one_table(monkeypatch, tmp_path, capsys)
     assert cli.main(["quickstart", "--output", str(out), "--json", str(tmp_path / "q.json")]) == 0
     text, said = capsys.readouterr()
     assert re.fullmatch(r"Toy: done in [\d.]+ s \(1 of 2\)\nOther: done in [\d.]+ s \(2 of 2\)\n", said)
-    assert given["output"] == out
-    assert out.is_dir()
+    assert [path.name for path in out.iterdir()] == ["a.png"]
     assert given["checkpoints"].name == "model_cards"
     assert "Toy     tokens   64       12    0.19\n" in text
     assert "Toy     answer   yes      no\n" in text
@@ -270,6 +270,18 @@ def test_quickstart_puts_the_parts_into_one_table(monkeypatch, tmp_path, capsys)
     report = json.loads((tmp_path / "q.json").read_text())
     assert report["parts"]["Toy"]["summary"] == part["summary"]
     assert set(report["meta"]) >= {"command", "commit", "cpu", "threads", "date", "versions"}
+
+
+def test_a_picture_of_quickstart_that_is_broken_off_is_not_left(monkeypatch, tmp_path, capsys):
+    def run(checkpoints, output):
+        (output / "a.png").write_text("half a pict")
+        raise OSError("The disk is full.")
+
+    monkeypatch.setattr(quickstart, "_PARTS", {"Toy": quickstart._Part("toy")})
+    monkeypatch.setattr(quickstart, "import_module", lambda name, package: SimpleNamespace(run=run))
+    assert cli.main(["quickstart", "--output", str(tmp_path / "out")]) == 2
+    assert "The disk is full." in capsys.readouterr().err
+    assert not list((tmp_path / "out").iterdir())
 
 
 @pytest.mark.parametrize("absent", ["config.json", "model.safetensors", "package"])
