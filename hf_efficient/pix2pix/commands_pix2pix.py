@@ -150,6 +150,7 @@ class Robustness:
         )
         parser.add_argument("--limit", type=int, metavar="N", help="use only the first photographs")
         parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="pictures at a time (default: 8)")
+        parser.add_argument("--device", help="such as cpu or cuda:0 (default: the first accelerator)")
 
     @staticmethod
     def run(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -186,7 +187,7 @@ class Robustness:
         failed: list[dict[str, str]] = []
         photos = _load_photos(Path(data), arguments.image_column, failed)
         report = evaluate_robustness(
-            {name: _load_pipeline(model) for name, model in models.items()},
+            {name: _load_pipeline(model, arguments.device) for name, model in models.items()},
             photos,
             features=arguments.features,
             trained_on=trained_on,
@@ -244,7 +245,7 @@ class _Failed:
         self.reason = reason
 
 
-def _load_pipeline(model: str, device: str | None = None) -> Any:
+def _load_pipeline(model: str, device: str | None) -> Any:
     """The pipeline of `model`, or one sentence that says why there is none."""
     import torch
     from safetensors import SafetensorError
