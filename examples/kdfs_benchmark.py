@@ -6,7 +6,8 @@
 `sampling_step_ratio`: one KDFS step (masks, decoders, three losses) over one plain distillation step (teacher forward,
 student forward and backward), the steps taking turns, CPU time; expected at most 1.25. `latency_speedup`: dense over
 sliced, in torch and onnxruntime, at batch 1 and 64, for widths rounded to 1 and to 8. `latency_saving_share` is
-`(1 - t_sliced / t_dense) / flops_reduction`; expected at least 0.8 at `round_to=8`. `scatter_share` is the part of
+`(1 - t_sliced / t_dense) / flops_reduction`; expected at least 0.8 at `round_to=8`; CPU time with one thread, wall
+time with more. `scatter_share` is the part of
 the sliced network's time that goes into putting residual branches back to full width. Weights are random. The medium
 preset has ResNet-50 shapes at 224 pixels and takes about 15 minutes on one core, the small one (ResNet-18 shapes at
 64 pixels, batch 1 and 8) half a minute.
@@ -106,7 +107,7 @@ def slice_randomly(model: torch.nn.Module, shape: tuple, round_to: int) -> torch
     return slice_network(masked, model)
 
 
-def scatter_seconds(model: torch.nn.Module, images: torch.Tensor, repeats: int) -> float:
+def scatter_seconds(model: torch.nn.Module, images: torch.Tensor, repeats: int, clock) -> float:
     """Seconds of all scatters of one forward pass, run on their own."""
     calls = []
     handles = [
@@ -121,12 +122,14 @@ def scatter_seconds(model: torch.nn.Module, images: torch.Tensor, repeats: int) 
         for handle in handles:
             handle.remove()
         work = [(torch.zeros(shape), index) for shape, index in calls]
-        return take_turns({"scatter": lambda: [scatter_channels(*item) for item in work]}, repeats)["scatter"]
+        return take_turns({"scatter": lambda: [scatter_channels(*item) for item in work]}, repeats, clock)["scatter"]
 
 
 def measure_latency(preset: dict) -> dict:
-    """Dense against sliced, torch and onnxruntime, every batch size."""
+    """Dense against sliced, torch and onnxruntime, every batch size; CPU time where there is one thread."""
     import onnxruntime
+
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
 
     shape = (3, preset["size"], preset["size"])
     set_seed(0)
@@ -153,12 +156,14 @@ def measure_latency(preset: dict) -> dict:
                 },
             }
             for engine, tasks in runs.items():
-                found[engine][batch] = take_turns(tasks, repeats)
+                found[engine][batch] = take_turns(tasks, repeats, clock)
             for name, network in networks.items():
                 difference = torch.from_numpy(runs["onnxruntime"][name]()[0]) - network(images).logits
                 agreement = max(agreement, difference.abs().max().item())
+        times = found["torch"][batch]
         scatter[str(batch)] = {
-            name: scatter_seconds(networks[name], images, repeats) / found["torch"][batch][name] for name in reduction
+            name: scatter_seconds(networks[name], images, repeats, clock) / found["torch"][batch][name]
+            for name in reduction
         }
     for file in files.values():
         file.unlink()
@@ -183,7 +188,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=list(PRESETS), default="medium", help="default: medium")
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the numbers there")
+    parser.add_argument("--threads", type=int, default=1, help="of torch and onnxruntime (default: 1)")
     options = parser.parse_args()
+    if options.threads < 1:
+        parser.error(f"--threads must be at least 1, but is {options.threads}; name a number of cores.")
+    torch.set_num_threads(options.threads)
     if options.json and not options.json.absolute().parent.is_dir():
         parser.error(f"--json {options.json}: the folder does not exist; create it first.")
     meta = run_meta()
@@ -203,7 +212,7 @@ def main() -> None:
     for name, shares in numbers["scatter_share"].items():
         print(f"scatter, {name}:", ", ".join(f"{share:.1%} at batch {batch}" for batch, share in shares.items()))
     if options.json:
-        document = {**numbers, "preset": options.preset, "meta": meta}
+        document = {**numbers, "preset": options.preset, "threads": options.threads, "meta": meta}
         write_whole(options.json, json.dumps(document, indent=2) + "\n")
 
 

@@ -5,6 +5,7 @@ checkpoint.
 """
 
 import contextlib
+import copy
 import os
 import uuid
 from pathlib import Path
@@ -233,6 +234,76 @@ class KDFSPrunedModelForImageClassification(KDFSPrunedModel):
         return export_onnx(self, save_directory, tuple(self.config.input_shape), file_name)
 
 
+def _conv_before(network: nn.Module, images: Tensor) -> dict[nn.Module, nn.Conv2d]:
+    """The convolution whose output a scattered layer reads, or itself, where there is one."""
+    made: list[tuple[Tensor, nn.Conv2d]] = []  # tensors stay alive, so that none takes another's place
+    found: dict[nn.Module, nn.Conv2d] = {}
+
+    def keep(conv: nn.Module, args: tuple, output: Tensor) -> None:
+        made.append((output, conv))
+
+    def look(module: nn.Module, args: tuple) -> None:
+        for output, conv in made:
+            if output is args[0]:
+                found[module] = conv
+
+    convs = [module for module in network.modules() if isinstance(module, nn.Conv2d)]
+    scattered = [module for module in network.modules() if hasattr(module, "filter_index")]
+    handles = [module.register_forward_hook(keep, prepend=True) for module in convs]
+    handles += [module.register_forward_pre_hook(look) for module in scattered]
+    with torch.no_grad():
+        network(images)
+    for handle in handles:
+        handle.remove()
+    found.update({module: module for module in scattered if isinstance(module, nn.Conv2d)})
+    return found
+
+
+def _fill_rows(module: nn.Module, name: str, value: float, index: Tensor) -> None:
+    """Put the rows of a parameter or buffer to their places, `value` elsewhere."""
+    old = getattr(module, name, None)
+    if old is None:
+        return
+    kept = index < len(old)
+    new = old.detach().new_full((len(index), *old.shape[1:]), value)
+    new[kept] = old.detach()[index[kept]]
+    setattr(module, name, nn.Parameter(new) if isinstance(old, nn.Parameter) else new)
+
+
+def fold_scatters(network: nn.Module, images: Tensor) -> int:
+    """Replace scatters by filters that are zero, in place, where that is faster in an inference engine.
+
+    Engines add a residual branch inside the 1x1 convolution that ends it, but not across a gather. So where such a
+    convolution reads a multiple of 8 channels, which their fast kernels need, it is made as wide as the sum again; the
+    answers stay the same to the bit. Larger kernels would pay more for it than the gather costs.
+
+    Args:
+        network (`nn.Module`): In evaluation mode.
+        images (`torch.FloatTensor` of shape `(batch, channels, height, width)`): Any.
+
+    Returns:
+        `int`: Number of scatters that are gone.
+    """
+    count = 0
+    for module, conv in _conv_before(network, images).items():
+        hooks = [key for key, hook in module._forward_hooks.items() if hook is _scatter_output]
+        if conv.kernel_size != (1, 1) or conv.groups > 1 or conv.in_channels % 8 or not hooks:
+            continue
+        index = module.filter_index
+        for name in ("weight", "bias"):
+            _fill_rows(conv, name, 0.0, index)
+        conv.out_channels = len(index)
+        if module is not conv:
+            for name, value in (("weight", 0.0), ("bias", 0.0), ("running_mean", 0.0), ("running_var", 1.0)):
+                _fill_rows(module, name, value, index)
+            module.num_features = len(index)
+        for key in hooks:
+            del module._forward_hooks[key]
+        del module.filter_index
+        count += 1
+    return count
+
+
 class _LogitsOnly(nn.Module):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -251,7 +322,8 @@ def export_onnx(
     """Write an image classifier, pruned or not, as one ONNX file with a free batch size.
 
     Args:
-        model (`nn.Module`): Returns an output with `.logits`; its mode is left as it was.
+        model (`nn.Module`): Returns an output with `.logits`; it is left as it is. In the file some scatters of a
+            pruned network are zero filters, see [`fold_scatters`].
         save_directory (`str` or `os.PathLike`): Folder, made if missing.
         input_shape (`tuple[int, int, int]`): Channels, height and width of the images.
         file_name (`str`, *optional*, defaults to `"model.onnx"`): Name of the file.
@@ -268,8 +340,8 @@ def export_onnx(
     unfinished = folder / f".{uuid.uuid4().hex}.onnx"
     reference = next(model.parameters())
     images = torch.zeros(2, *input_shape, dtype=reference.dtype, device=reference.device)
-    modes = {module: module.training for module in model.modules()}
-    wrapper = _LogitsOnly(model).eval()
+    wrapper = _LogitsOnly(copy.deepcopy(model)).eval()
+    fold_scatters(wrapper, images)
     try:
         torch.onnx.export(
             wrapper,
@@ -290,8 +362,6 @@ def export_onnx(
     finally:
         with contextlib.suppress(FileNotFoundError):
             unfinished.unlink()
-        for module, training in modes.items():
-            module.training = training
     return target
 
 

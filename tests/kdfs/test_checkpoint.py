@@ -1,5 +1,6 @@
 """A pruned checkpoint survives: saved, loaded, without the package, as ONNX, fine-tuned further."""
 
+import copy
 import json
 import os
 import subprocess
@@ -9,7 +10,14 @@ import pytest
 import torch
 from local_hub import LocalHub
 from PIL import Image
-from transformers import AutoModel, AutoModelForImageClassification, Trainer, ViTImageProcessor
+from transformers import (
+    AutoModel,
+    AutoModelForImageClassification,
+    ResNetConfig,
+    ResNetForImageClassification,
+    Trainer,
+    ViTImageProcessor,
+)
 
 from hf_efficient import (
     CifarResNetConfig,
@@ -18,7 +26,7 @@ from hf_efficient import (
     KDFSPrunedModel,
     KDFSPrunedModelForImageClassification,
 )
-from hf_efficient.kdfs.modeling_kdfs_pruned import export_onnx
+from hf_efficient.kdfs.modeling_kdfs_pruned import export_onnx, fold_scatters
 
 
 FAMILIES = ["cifar_resnet", "resnet_bottleneck", "mobilenet_v2"]
@@ -180,6 +188,30 @@ def test_onnx_gives_the_same_answers_at_any_batch_size(network, slice_randomly, 
         assert torch.equal(got.argmax(dim=1), expected.argmax(dim=1))
     with pytest.raises((FileExistsError, NotADirectoryError)):
         export_onnx(pruned, file, shape)
+
+
+@pytest.mark.parametrize(
+    ("layer_type", "round_to", "expected"), [("bottleneck", 8, 4), ("bottleneck", 1, None), ("basic", 8, 0)]
+)
+def test_folded_scatters_give_the_same_answers(slice_randomly, layer_type, round_to, expected):
+    """A 1x1 convolution that ends a residual branch and reads a multiple of 8 channels has zero filters instead."""
+    shape = (3, 32, 32)
+    config = ResNetConfig(embedding_size=16, hidden_sizes=[64, 128], depths=[2, 2], layer_type=layer_type)
+    _, pruned = slice_randomly(
+        ResNetForImageClassification(config), shape, target_flops_reduction=0.5, round_to=round_to
+    )
+    folded = copy.deepcopy(pruned).eval()
+    count = fold_scatters(folded, torch.zeros(1, *shape))
+    left = sum(hasattr(module, "filter_index") for module in folded.modules())
+    assert left == sum(hasattr(module, "filter_index") for module in pruned.modules()) - count
+    assert count == expected or (expected is None and count < 4)
+    images = torch.randn(2, *shape)
+    with torch.no_grad():
+        torch.testing.assert_close(folded(images).logits, pruned.eval()(images).logits, rtol=1e-6, atol=1e-6)
+    for module in folded.modules():
+        if isinstance(module, torch.nn.Conv2d) and hasattr(module, "filter_index"):
+            assert module.kernel_size != (1, 1) or module.in_channels % 8
+    assert sum(hasattr(module, "filter_index") for module in pruned.modules()) == left + count  # left as it is
 
 
 PUSH = """
