@@ -27,6 +27,7 @@ HEADINGS = ("Method", "Use", "Results", "How it was measured", "Data", "Limits",
 # What a checkpoint repository may hold, by ending. Pickles (.bin, .pt, .pth, .pkl, .ckpt) have none of these.
 _PICTURES = {".png", ".jpg", ".jpeg", ".webp"}
 _PUSHED_SUFFIXES = {".json", ".safetensors", ".py", ".md", ".txt", ".jinja", ".model", *_PICTURES}
+_CONFIGS = ("config.json", "adapter_config.json")
 _PUSHED_NAMES = {"LICENSE", "NOTICE", ".gitattributes"}
 _TRAINING_STATE = {"trainer_state.json", "training_args.json", "all_results.json", "train_results.json"}
 _TASK_OF_AUTO_CLASS = {
@@ -352,8 +353,9 @@ def checkpoint_files(folder: str | os.PathLike) -> dict[str, Path]:
         folders[:] = sorted(f for f in folders if not f.startswith((".", "checkpoint-", "__pycache__")))
         for name in sorted(names):
             path, key = inside / name, (inside / name).relative_to(root).as_posix()
-            wanted = name in _PUSHED_NAMES or (Path(name).suffix.lower() in _PUSHED_SUFFIXES and name[0] != ".")
-            if wanted and name not in _TRAINING_STATE and not (inside != root and path.suffix == ".py"):
+            suffix = path.suffix.lower()
+            wanted = name in _PUSHED_NAMES or (suffix in _PUSHED_SUFFIXES and name[0] != ".")
+            if wanted and name not in _TRAINING_STATE and not (inside != root and suffix == ".py"):
                 files[key] = path.resolve()
             else:
                 left.append(key)
@@ -364,7 +366,7 @@ def checkpoint_files(folder: str | os.PathLike) -> dict[str, Path]:
 
 
 def _check_contents(files: dict[str, Path], folder: str) -> None:
-    if not {"config.json", "adapter_config.json"} & set(files):
+    if not set(_CONFIGS) & set(files):
         raise ValueError(f"{folder} holds no config.json; save the model there with save_pretrained() first.")
     if not any(name.endswith(".safetensors") for name in files):
         raise ValueError(
@@ -380,14 +382,16 @@ def _check_contents(files: dict[str, Path], folder: str) -> None:
                 raise ValueError(f"{name} is not a safetensors file (damaged, or a pickle by another name).")
         elif name.endswith(".json"):
             try:
-                json.loads(path.read_text(encoding="utf-8"))
+                content = json.loads(path.read_text(encoding="utf-8"))
             except ValueError as error:
                 raise ValueError(f"{name} is not valid JSON: {error}.") from error
+            if name in _CONFIGS and not isinstance(content, dict):
+                raise ValueError(f"{name} must hold one JSON object, got {type(content).__name__}.")
 
 
 def _unmeasured(folder: Path, repo_id: str) -> dict[str, Any]:
     """Results of a checkpoint nobody measured: the card says what it is, how it loads and that numbers are missing."""
-    path = next(folder / name for name in ("config.json", "adapter_config.json") if (folder / name).is_file())
+    path = next(folder / name for name in _CONFIGS if (folder / name).is_file())
     config = json.loads(path.read_text(encoding="utf-8"))
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", repo_id.split("/")[-1]).lstrip(".-_") or "checkpoint"
     auto = next((auto for auto in _TASK_OF_AUTO_CLASS if auto in config.get("auto_map", {})), "AutoModel")

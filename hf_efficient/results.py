@@ -196,7 +196,8 @@ def check_results(results: dict[str, Any]) -> None:
                 raise ValueError(f"{RESULTS_NAME} needs the field {field!r} ({kind.__name__}), which is missing.")
             continue
         if not isinstance(value, kind) or (kind is str and not value.strip()):
-            raise ValueError(f"{RESULTS_NAME}: {field!r} must be a non-empty {kind.__name__}, got {value!r}.")
+            rule = "non-empty str" if kind is str else kind.__name__
+            raise ValueError(f"{RESULTS_NAME}: {field!r} must be a {rule}, got {value!r}.")
         if field in _KEYS:
             for item in value if kind is list else [value]:
                 _check_keys(field, item)
@@ -222,7 +223,12 @@ def _check_values(results: dict[str, Any]) -> None:
         if not isinstance(name, str) or not _PLAIN_NAME.fullmatch(name):
             raise ValueError(f"{RESULTS_NAME}: a name is letters, digits, '.', '_', '-' and no folder, got {name!r}.")
     for table in results["tables"]:
-        for row in table["rows"]:
+        rows = table["rows"] if isinstance(table["rows"], list) else [None]
+        if not all(isinstance(line, list | tuple) for line in [table["columns"], *rows]):
+            raise ValueError(
+                f"{RESULTS_NAME}: table {table['title']!r} must hold lists: 'columns', 'rows' and each row."
+            )
+        for row in rows:
             if len(row) != len(table["columns"]):
                 raise ValueError(
                     f"{RESULTS_NAME}: table {table['title']!r} has {len(table['columns'])} columns, but the row "
