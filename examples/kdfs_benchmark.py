@@ -162,8 +162,7 @@ def measure_latency(preset: dict) -> dict:
                 agreement = max(agreement, difference.abs().max().item())
         times = found["torch"][batch]
         scatter[str(batch)] = {
-            name: scatter_seconds(networks[name], images, repeats, clock) / found["torch"][batch][name]
-            for name in reduction
+            name: scatter_seconds(networks[name], images, repeats, clock) / times[name] for name in reduction
         }
     for file in files.values():
         file.unlink()
