@@ -225,7 +225,7 @@ def _check_values(results: dict[str, Any]) -> None:
     for table in results["tables"]:
         rows = table["rows"] if isinstance(table["rows"], list) else [None]
         if not all(isinstance(line, list | tuple) for line in [table["columns"], *rows]):
-            raise ValueError(f"{RESULTS_NAME}: table {table['title']!r} must hold lists ('columns', 'rows', rows).")
+            raise ValueError(f"{RESULTS_NAME}: table {table['title']!r} must hold lists under 'columns' and 'rows'.")
         for row in rows:
             if len(row) != len(table["columns"]):
                 raise ValueError(

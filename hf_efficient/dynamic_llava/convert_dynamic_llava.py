@@ -46,8 +46,6 @@ from .weights_dynamic_llava import (
 logger = logging.get_logger(__name__)
 
 IMAGE_TOKEN = "<image>"
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
 
 # The prompt of LLaVA-1.5 (conversation "v1" of its authors).
 CHAT_TEMPLATE = (

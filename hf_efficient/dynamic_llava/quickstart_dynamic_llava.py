@@ -140,7 +140,7 @@ def load_checkpoint(folder: Path) -> tuple[DynamicLlavaForConditionalGeneration,
 
 @contextmanager
 def _sparsity_off(model: DynamicLlavaForConditionalGeneration) -> Iterator[None]:
-    """Keep everything inside the block: the host's own path."""
+    """Keep everything inside the block: the host's own path. Twin: `sparsity_off` of `report/llava_report.py`."""
     config = model.config
     before = {
         name: getattr(config, name) for name in ("vision_keep_rate", "vision_keep_tokens", "use_output_text_predictor")
@@ -236,7 +236,7 @@ def _time_prefill(model: DynamicLlavaForConditionalGeneration, inputs: dict, **r
 
 
 def _cache_bytes(cache: Any) -> int:
-    """Bytes of all keys and values, each storage once."""
+    """Bytes of all keys and values, each storage once. Twin: `cache_bytes` of `report/llava_report.py`."""
     storages = [tensor.untyped_storage() for layer in cache.layers for tensor in (layer.keys, layer.values)]
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 

@@ -42,7 +42,10 @@ def _sparse_part(model: nn.Module) -> nn.Module | None:
 
 @contextmanager
 def sparsity_off(model: nn.Module) -> Iterator[None]:
-    """Keep everything inside the block: the host's own path and cache of a sparse LLaVA."""
+    """Keep everything inside the block: the host's own path and cache of a sparse LLaVA.
+
+    Twin: `_sparsity_off` of `quickstart_dynamic_llava.py`, which must not know this folder.
+    """
     config = _sparse_part(model).config
     before = {name: getattr(config, name) for name in _OFF}
     try:

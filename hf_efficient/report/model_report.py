@@ -207,7 +207,7 @@ def efficiency_report(
                         phases, kept, notes = _measure_pass(model, baseline, inputs, repeats, device)
             except (RuntimeError, TypeError, IndexError) as error:
                 _refuse_misfit(error, model, shown)
-    arms = {"model": model} | ({} if compared is None else {"baseline": baseline or model})
+    arms = {"model": model} | ({} if compared is None else {"baseline": model if baseline is None else baseline})
     parameters = {name: sum(p.numel() for p in net.parameters()) for name, net in arms.items()}
     if toe is None and kind == "model" and can_train_with_toe(model):
         notes.append("ToE saves while training: with `labels` in the inputs its stages are measured.")

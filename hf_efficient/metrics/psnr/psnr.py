@@ -1,4 +1,4 @@
-"""peak signal-to-noise ratio of images, as an `evaluate` module: `evaluate.load("hf_efficient/metrics/psnr")`."""
+"""Peak signal-to-noise ratio of images, as an `evaluate` module: `evaluate.load("hf_efficient/metrics/psnr")`."""
 
 from typing import Any
 
@@ -27,7 +27,8 @@ class Psnr(evaluate.Metric):
             references (`list[PIL.Image.Image]`): What they should be.
 
         Returns:
-            `dict[str, float]`: `psnr`.
+            `dict[str, float]`: `psnr` in decibels; infinite where a pair is identical (`evaluate_robustness` leaves
+            such pairs out).
 
         Raises:
             ValueError: If a pair has unequal sizes.

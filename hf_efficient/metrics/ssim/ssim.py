@@ -1,4 +1,4 @@
-"""structural similarity of images, as an `evaluate` module: `evaluate.load("hf_efficient/metrics/ssim")`."""
+"""Structural similarity of images, as an `evaluate` module: `evaluate.load("hf_efficient/metrics/ssim")`."""
 
 from typing import Any
 
