@@ -165,11 +165,14 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="folder of all trainings, by default runs/easy_vqa")
     parser.add_argument("--data", help="folder of parquet files instead of the easy-vqa wheel")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds of the sparsification")
-    parser.add_argument("--arms", nargs="+", default=["dense", "dense_continued", *ARMS], help="which arms to run")
+    arms = ["dense", "dense_continued", *ARMS]
+    parser.add_argument("--arms", nargs="+", choices=arms, default=arms, help="which arms to run (default: all)")
     parser.add_argument("--final", action="store_true", help="measure on the test split too")
     parser.add_argument("--card", type=Path, help="folder for the checkpoint of the first seed and its card")
     parser.add_argument("--smoke", action="store_true", help="two steps of everything and 16 questions, for a test")
     options = parser.parse_args()
+    if options.card and not {"dense", "learned"} <= set(options.arms):
+        parser.error("--card needs the arms dense and learned: add them to --arms.")
     options.output = options.output or Path("runs/easy_vqa_smoke" if options.smoke else "runs/easy_vqa")
     if options.smoke:
         options.seeds, options.card = options.seeds[:1], options.card or options.output / "card"

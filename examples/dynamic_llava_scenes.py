@@ -182,6 +182,10 @@ def main():
     parser.add_argument("--scenes", type=int, default=1000, help="held-out scenes")
     parser.add_argument("--smoke", action="store_true", help="two steps of everything in a temporary folder")
     args = parser.parse_args()
+    if args.only and args.card:
+        parser.error("--card needs all runs: leave --only out.")
+    if args.scenes < 1:
+        parser.error(f"--scenes must be at least 1, got {args.scenes}.")
     if args.smoke:
         with tempfile.TemporaryDirectory() as folder:
             run(Path(folder), Path(folder) / "card", 4, tuple(RUNS), steps=2)
