@@ -21,8 +21,8 @@ Times are process CPU time with one thread; names that end in `_wall` and `image
 import argparse
 import copy
 import json
-import resource
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -153,6 +153,16 @@ def measure_inference(channels: int, rounds: int, norm: str, size: int) -> dict:
     }
 
 
+def peak_bytes() -> int | None:
+    """Largest resident memory of this process; Windows has no count of it here."""
+    try:
+        import resource
+    except ImportError:
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux kibibytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=list(PRESETS), default="medium")
@@ -176,7 +186,7 @@ def main() -> None:
         settings["rounds"] = args.rounds
     meta = run_meta()
     results = {"meta": meta, "preset": args.preset, **measure_steps(**settings), **measure_inference(**settings)}
-    results["peak_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    results["peak_bytes"] = peak_bytes()
     for name, value in results.items():
         if name not in ("meta", "preset"):
             print(f"{name}: {json.dumps(value)}")

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -135,6 +136,18 @@ def test_a_benchmark_looks_for_the_folder_of_its_figures_first(path, tmp_path, m
         module.main()
     assert stop.value.code == 2
     assert "--json no/such/figures.json: the folder does not exist; create it first." in capsys.readouterr().err
+
+
+def test_peak_memory_is_in_bytes_on_every_system(monkeypatch):
+    monkeypatch.syspath_prepend(EXAMPLES)
+    benchmark = importlib.import_module("pix2pix_benchmark")
+    usage = SimpleNamespace(ru_maxrss=3)
+    monkeypatch.setitem(sys.modules, "resource", SimpleNamespace(RUSAGE_SELF=0, getrusage=lambda who: usage))
+    for platform, found in (("linux", 3 * 1024), ("darwin", 3)):
+        monkeypatch.setattr(sys, "platform", platform)
+        assert benchmark.peak_bytes() == found
+    monkeypatch.setitem(sys.modules, "resource", None)  # as on Windows
+    assert benchmark.peak_bytes() is None
 
 
 @pytest.mark.slow
