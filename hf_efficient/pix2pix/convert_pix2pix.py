@@ -42,7 +42,7 @@ def convert_pix2pix_checkpoint(
 
     Raises:
         FileNotFoundError: If `source` is no file.
-        FileExistsError: If `destination` holds files and `overwrite` is false.
+        FileExistsError: If `destination` is a file or holds `source`, or holds files and `overwrite` is false.
         ValueError: If `source` holds another architecture or is no checkpoint.
     """
     source, destination = Path(source), Path(destination)
@@ -56,6 +56,10 @@ def convert_pix2pix_checkpoint(
             f"`destination` must be absent or an empty folder, got {destination}, which holds files: choose another "
             "folder or pass `overwrite=True`."
         )
+    if source.resolve().is_relative_to(destination.resolve()):
+        raise FileExistsError(
+            f"`destination` must not hold what is converted, got {destination} for {source}: choose another folder."
+        )
     weights = {name.removeprefix("module."): value for name, value in _read(source).items()}
     if any(name.startswith(_UNET_START) for name in weights):
         config, state = _convert_unet(weights, source)
@@ -67,11 +71,16 @@ def convert_pix2pix_checkpoint(
     _load(model, state, source)
     destination.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=destination.parent, prefix=".converting-") as name:
-        staging = Path(name) / "checkpoint"
+        staging, old = Path(name) / "checkpoint", Path(name) / "old"
         model.save_pretrained(staging)
         if destination.exists():
-            os.replace(destination, Path(name) / "old")
-        os.replace(staging, destination)
+            os.replace(destination, old)
+        try:
+            os.replace(staging, destination)
+        except OSError:
+            if old.exists():
+                os.replace(old, destination)
+            raise
     return destination
 
 

@@ -4,6 +4,7 @@ The networks below are written from the description of that layout (`netG` of py
 U-Net blocks whose first activation works in place, and a flat ResNet; they share no code with the package.
 """
 
+import os
 from functools import partial
 from pathlib import Path
 
@@ -180,6 +181,34 @@ def test_keeps_an_existing_folder_unless_told(tmp_path):
     assert not (folder / "mine.txt").exists()
     assert (folder / "model.safetensors").exists()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["net.pth", "out"]  # nothing temporary is left
+
+
+@pytest.mark.parametrize("inside", ["net.pth", "deeper/net.pth"])
+def test_a_folder_that_holds_the_file_is_never_replaced(tmp_path, inside):
+    source = tmp_path / "run" / inside
+    source.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(UNet(7, 1, "batch").state_dict(), source)
+    with pytest.raises(FileExistsError, match="`destination` must not hold what is converted"):
+        convert_pix2pix_checkpoint(source, tmp_path / "run", overwrite=True)
+    assert source.is_file()
+
+
+def test_an_older_folder_comes_back_where_the_new_one_cannot_take_its_place(tmp_path, monkeypatch):
+    torch.save(UNet(7, 1, "batch").state_dict(), tmp_path / "net.pth")
+    folder = tmp_path / "out"
+    folder.mkdir()
+    (folder / "mine.txt").write_text("mine")
+    replace = os.replace
+
+    def fail(source, destination):
+        if Path(source).name == "checkpoint":
+            raise PermissionError(13, "in use", str(destination))
+        replace(source, destination)
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(PermissionError):
+        convert_pix2pix_checkpoint(tmp_path / "net.pth", folder, overwrite=True)
+    assert (folder / "mine.txt").read_text() == "mine"
 
 
 class Evil:
