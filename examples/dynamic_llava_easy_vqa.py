@@ -173,6 +173,9 @@ def main() -> None:
     options = parser.parse_args()
     if options.card and not {"dense", "learned"} <= set(options.arms):
         parser.error("--card needs the arms dense and learned: add them to --arms.")
+    card = options.card
+    if card and card.exists() and any(card.iterdir()) and not (card / "results.json").is_file():
+        parser.error(f"--card {card} holds other files, which would be deleted: name a new folder.")
     options.output = options.output or Path("runs/easy_vqa_smoke" if options.smoke else "runs/easy_vqa")
     if options.smoke:
         options.seeds, options.card = options.seeds[:1], options.card or options.output / "card"

@@ -184,6 +184,9 @@ def main():
     args = parser.parse_args()
     if args.only and args.card:
         parser.error("--card needs all runs: leave --only out.")
+    card = args.card
+    if card and card.exists() and any(card.iterdir()) and not (card / "results.json").is_file():
+        parser.error(f"--card {card} holds other files, which would be deleted: name a new folder.")
     if args.scenes < 1:
         parser.error(f"--scenes must be at least 1, got {args.scenes}.")
     if args.smoke:
