@@ -172,10 +172,9 @@ def _check_json(file: str | None) -> None:
     """Refuse a file that cannot be written before the work starts."""
     if file is None or file == "-":
         return
-    if not Path(file).absolute().parent.is_dir():
-        raise FileNotFoundError(f"--json {file}: the folder does not exist; create it first.")
-    if Path(file).is_dir():
-        raise IsADirectoryError(f"--json {file} is a folder; name a file in it.")
+    from .results import check_target
+
+    check_target("--json", file)
 
 
 @contextmanager

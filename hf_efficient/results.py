@@ -49,6 +49,7 @@ import re
 import shlex
 import subprocess
 import sys
+import tempfile
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -276,6 +277,30 @@ def read_results(folder: str | os.PathLike) -> dict[str, Any]:
         raise ValueError(f"{path} is not valid JSON: {error}.") from error
     check_results(results)
     return results
+
+
+def check_target(option: str, file: str | os.PathLike) -> None:
+    """Refuse a file that cannot be written, before the work whose result it is to hold.
+
+    Whether its folder can be written is tried, not asked: to an administrator every folder says yes.
+
+    Args:
+        option (`str`): The option as it is typed, for the sentence.
+        file (`str` or `os.PathLike`): What was given for it.
+
+    Raises:
+        OSError: If the folder is missing or takes no file, or `file` is a folder.
+    """
+    folder = Path(file).absolute().parent
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{option} {file}: the folder does not exist; create it first.")
+    if Path(file).is_dir():
+        raise IsADirectoryError(f"{option} {file} is a folder; name a file in it.")
+    try:
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        why = f"nothing can be written into {folder} ({error.strerror})"
+        raise PermissionError(f"{option} {file}: {why}; name another file.") from error
 
 
 def write_whole(path: str | os.PathLike, text: str) -> None:

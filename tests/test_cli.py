@@ -189,6 +189,12 @@ def test_json_into_a_missing_folder_is_refused_before_the_work(toy, capsys, tmp_
     assert "is a folder; name a file in it" in capsys.readouterr().err
 
 
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="nothing else refuses the administrator")
+def test_json_where_nothing_can_be_written_is_refused_before_the_work(toy, capsys):
+    assert cli.main(["toy", "bug", "--json", "/proc/out.json"]) == 2
+    assert "--json /proc/out.json: nothing can be written into /proc (" in capsys.readouterr().err
+
+
 def test_installed_command_runs():
     command = Path(sys.executable).with_name("hf-efficient")
     done = subprocess.run([command, "push", "/does/not/exist", "me/x"], capture_output=True, text=True, timeout=120)

@@ -3,6 +3,7 @@
 import argparse
 import logging
 import os
+import tempfile
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -392,13 +393,15 @@ def _is_file(source: Path, given: str) -> bool:
 
 
 def _check_folder(name: str, folder: Path) -> None:
-    """Refuse a folder that cannot be written before the work starts."""
+    """Refuse a folder that cannot be written before the work starts. Twin: `check_folder` of `pruner_kdfs.py`."""
     if folder.is_file():
         raise ValueError(f"{name} {folder} is a file; name a folder.")
     above = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-    if not above.is_dir() or not os.access(above, os.W_OK):
+    try:  # tried, not asked: to an administrator every folder says yes
+        os.rmdir(tempfile.mkdtemp(prefix=".hf_efficient_", dir=above))
+    except OSError as error:
         why = "cannot be written" if above.is_dir() else "is a file"
-        raise ValueError(f"{name} {folder} cannot be made: {above} {why}; name another folder.")
+        raise ValueError(f"{name} {folder} cannot be made: {above} {why}; name another folder.") from error
 
 
 def _targets(files: list[Path], root: Path, dest: Path, single: bool) -> tuple[dict[Path, Path], dict[Path, str]]:

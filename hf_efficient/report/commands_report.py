@@ -93,10 +93,11 @@ def _check(arguments: argparse.Namespace) -> None:
             f"--device must be one that torch can use here, such as cpu, got {arguments.device!r}."
         ) from error
     if arguments.plot:
+        from hf_efficient.results import check_target
+
         from .figures_report import check_ending
 
-        if not check_ending(arguments.plot).absolute().parent.is_dir():
-            raise FileNotFoundError(f"--plot {arguments.plot}: the folder does not exist; create it first.")
+        check_target("--plot", check_ending(arguments.plot))
 
 
 def _open_picture(file: str | None) -> tuple[Any, str]:

@@ -16,6 +16,9 @@ from hf_efficient import cartoonize
 from hf_efficient.cli import main
 
 
+PROC = Path("/proc/self").is_dir()  # the one folder that refuses the administrator
+
+
 @pytest.fixture
 def checkpoint(tmp_path, tiny_model):
     tiny_model.save_pretrained(tmp_path / "checkpoint")
@@ -281,6 +284,7 @@ def test_wrong_input_gets_one_sentence_and_exit_code_2(tmp_path, picture_folder,
     cases = [
         (["cartoonize", photos, file], f"DEST {file} is a file"),
         (["cartoonize", photos, file + "/sub"], f"DEST {file}/sub cannot be made"),
+        *([(["cartoonize", photos, "/proc/out"], "DEST /proc/out cannot be made: /proc cannot be written")] * PROC),
         (["cartoonize", file, out], f"{file}: no picture"),
         (["translate", checkpoint, photos, file], f"DEST {file} is a file"),
         (["translate", checkpoint, photos, out, "--device", "tpu9"], "--device must be one that torch can use here"),
