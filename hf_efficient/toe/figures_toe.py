@@ -54,12 +54,13 @@ def choose_patches(model: nn.Module, pixel_values: Tensor, stage: int, config: T
         rows.append(args[0] if args else kwargs["hidden_states"])
 
     handle = site.layers[expansion.config.after_layer].register_forward_pre_hook(note, with_kwargs=True)
-    training = model.training
+    modes = {module: module.training for module in model.modules()}
     try:
         model.eval()(pixel_values=pixel_values)
     finally:
         handle.remove()
-        model.train(training)
+        for module, training in modes.items():
+            module.training = training
     tokens = rows[0]
     index = expansion.select(tokens, stage, site.num_prefix_tokens, site.num_suffix_tokens).index
     kept = torch.zeros(tokens.shape[:2], dtype=torch.bool, device=tokens.device).scatter_(1, index, True)

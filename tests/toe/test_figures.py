@@ -24,6 +24,14 @@ def test_chosen_patches_are_those_of_the_training(make_vit, count_hooks):
     assert count_hooks(model) == 0
 
 
+def test_choosing_leaves_frozen_parts_in_their_mode(make_vit):
+    model = make_vit().train()
+    model.vit.embeddings.eval()
+    choose_patches(model, torch.randn(1, 3, 32, 32), 1)
+    assert model.training
+    assert not any(module.training for module in model.vit.embeddings.modules())
+
+
 def test_kept_patches_are_coloured_outlined_and_the_others_blue_and_struck_through(make_vit, tmp_path):
     model, pixels, config = make_vit(), torch.rand(2, 3, 32, 32), ToEConfig(after_layer=2)
     colours = (pixels * 255).byte().permute(0, 2, 3, 1).numpy()
