@@ -1,5 +1,6 @@
 """The `evaluate` modules of the package: load by path, agree with plain arithmetic, combine, and are shipped."""
 
+import sys
 from pathlib import Path
 
 import evaluate
@@ -24,6 +25,23 @@ def test_every_module_says_what_it_is_and_is_shipped(name, repository):
     assert "predictions, references" in metric.inputs_description
     packages = find_namespace_packages(str(repository), include=["hf_efficient", "hf_efficient.*"])
     assert f"hf_efficient.metrics.{name}" in packages, "setup.py finds the folder, so its file is installed"
+
+
+@pytest.mark.parametrize(
+    ("name", "module", "extra"),
+    [
+        ("accuracy", "sklearn.metrics", "quickstart"),
+        ("kid", "torchmetrics.image.kid", "pix2pix"),
+        ("psnr", "torchmetrics.functional.image", "pix2pix"),
+        ("ssim", "torchmetrics.functional.image", "pix2pix"),
+    ],
+)
+def test_a_missing_package_is_named_with_its_extra(name, module, extra, monkeypatch):
+    monkeypatch.setitem(sys.modules, module, None)
+    values = [1, 2] if name == "accuracy" else [Image.new("RGB", (16, 16))] * 2
+    package = "scikit-learn" if name == "accuracy" else "torchmetrics"
+    with pytest.raises(ImportError, match=rf'{name} needs {package}; run pip install "hf-efficient\[{extra}\]"'):
+        load_metric(name).compute(predictions=values, references=values)
 
 
 @pytest.mark.parametrize(

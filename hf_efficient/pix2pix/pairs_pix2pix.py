@@ -281,7 +281,7 @@ def _read_sizes(folder: Path) -> dict[Path, tuple[int, int]]:
                 header = picture.format != "PNG" or "exif" in picture.info  # else Pillow reads all of a PNG for it
                 if header and picture.getexif().get(ExifTags.Base.Orientation, 1) > 4:
                     sizes[path] = picture.size[::-1]
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        except UNREADABLE:
             sizes.pop(path, None)
             broken.append(path.name)
     names = ", ".join([*broken[:3], *([f"{len(broken) - 3} more"] if len(broken) > 3 else [])])

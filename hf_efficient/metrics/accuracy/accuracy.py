@@ -27,7 +27,13 @@ class Accuracy(evaluate.Metric):
 
         Returns:
             `dict[str, float]`: `accuracy`.
+
+        Raises:
+            ImportError: If scikit-learn is not installed.
         """
-        from sklearn.metrics import accuracy_score
+        try:
+            from sklearn.metrics import accuracy_score
+        except ImportError as error:
+            raise ImportError('accuracy needs scikit-learn; run pip install "hf-efficient[quickstart]".') from error
 
         return {"accuracy": float(accuracy_score(references, predictions))}

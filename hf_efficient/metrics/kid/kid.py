@@ -48,8 +48,12 @@ class Kid(evaluate.Metric):
 
         Raises:
             ValueError: If `features` is missing or there are fewer than two images.
+            ImportError: If torchmetrics is not installed.
         """
-        from torchmetrics.image.kid import KernelInceptionDistance
+        try:
+            from torchmetrics.image.kid import KernelInceptionDistance
+        except ImportError as error:
+            raise ImportError('kid needs torchmetrics; run pip install "hf-efficient[pix2pix]".') from error
 
         if features is None:
             raise ValueError("`features` is missing: pass a network, such as compute(features=network).")

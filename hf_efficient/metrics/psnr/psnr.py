@@ -32,8 +32,12 @@ class Psnr(evaluate.Metric):
 
         Raises:
             ValueError: If a pair has unequal sizes.
+            ImportError: If torchmetrics is not installed.
         """
-        from torchmetrics.functional.image import peak_signal_noise_ratio
+        try:
+            from torchmetrics.functional.image import peak_signal_noise_ratio
+        except ImportError as error:
+            raise ImportError('psnr needs torchmetrics; run pip install "hf-efficient[pix2pix]".') from error
 
         values = []
         for number, (prediction, reference) in enumerate(zip(predictions, references)):

@@ -31,8 +31,12 @@ class Ssim(evaluate.Metric):
 
         Raises:
             ValueError: If a pair has unequal sizes, or fewer than 11 pixels on a side, the window of SSIM.
+            ImportError: If torchmetrics is not installed.
         """
-        from torchmetrics.functional.image import structural_similarity_index_measure
+        try:
+            from torchmetrics.functional.image import structural_similarity_index_measure
+        except ImportError as error:
+            raise ImportError('ssim needs torchmetrics; run pip install "hf-efficient[pix2pix]".') from error
 
         values = []
         for number, (prediction, reference) in enumerate(zip(predictions, references)):
