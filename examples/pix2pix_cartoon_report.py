@@ -167,9 +167,11 @@ def findings(table: dict[str, Any], first: str) -> list[str]:
             (FIGURES[name] for name in FIGURES), rows.get(first, []), rows.get(other, []), strict=False
         ):
             better[(mine > theirs) == higher].append(name)
-        won, lost = (", ".join(better[side]) or "none of the figures" for side in (True, False))
+        won, lost = (", ".join(better[side]) for side in (True, False))
+        found = f"better in {won}; not better in {lost}" if won and lost else "better in every figure"
+        found = found if won else "better in no figure"
         if other in rows:
-            sentences.append(f"Beside {words} this checkpoint is better in {won}; not better in {lost}.")
+            sentences.append(f"Beside {words} this checkpoint is {found}.")
     return sentences
 
 

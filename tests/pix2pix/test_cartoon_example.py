@@ -5,6 +5,8 @@ import sys
 
 import pytest
 
+from hf_efficient.results import read_results
+
 
 @pytest.fixture
 def cartoon(monkeypatch, tmp_path, repository):
@@ -75,3 +77,16 @@ def test_wrong_input_that_a_run_meets_is_exit_code_2(cartoon, monkeypatch, capsy
         Process.returncode = code
         assert cartoon("--runs", "l1") == code
         assert words in capsys.readouterr().err
+
+
+def test_the_card_says_where_the_model_is_better_as_its_own_table_has_it(cartoon, repository):
+    from pix2pix_cartoon_report import findings
+
+    results = read_results(repository / "model_cards" / "pix2pix-cartoon2photo")
+    assert results["limits"][:2] == findings(results["tables"][0], "bilateral")
+    columns = ["model", "cartoons", "PSNR (dB)", "SSIM"]
+    table = {
+        "columns": columns,
+        "rows": [["the cartoon itself", "palette", 20.0, 0.7], ["ours", "palette", 19.0, 0.6]],
+    }
+    assert findings(table, "ours") == ["Beside the cartoon itself this checkpoint is better in no figure."]
