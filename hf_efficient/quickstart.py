@@ -26,7 +26,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .results import run_meta
+from .results import format_table, run_meta
 
 
 class _Part(NamedTuple):
@@ -158,34 +158,3 @@ def _render(report: dict[str, Any], output: Path) -> str:
 def _ratio(without: Any, with_: Any) -> str:
     numbers = isinstance(without, int | float) and isinstance(with_, int | float)
     return f"{with_ / without:.2f}" if numbers and without else ""
-
-
-def format_table(columns: list[str], rows: list[list[Any]]) -> str:
-    """Set a table in columns of equal width for a terminal.
-
-    Args:
-        columns (`list[str]`): Headings.
-        rows (`list[list]`): Cells; a column of numbers is set right, floats with four significant digits; control
-            characters are dropped.
-
-    Returns:
-        `str`: The table, no line break at its end.
-    """
-    texts = [[_cell(value) for value in row] for row in [columns, *rows]]
-    widths = [max(len(row[i]) for row in texts) for i in range(len(columns))]
-    right = [all(isinstance(row[i], int | float) for row in rows) for i in range(len(columns))]
-    lines = [
-        "  ".join(text.rjust(width) if flush else text.ljust(width) for text, width, flush in zip(row, widths, right))
-        for row in texts
-    ]
-    return "\n".join(
-        [lines[0].rstrip(), "  ".join("-" * width for width in widths), *(line.rstrip() for line in lines[1:])]
-    )
-
-
-def _cell(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:.4g}" if abs(value) < 10_000 else f"{value:,.0f}"
-    if isinstance(value, int) and not isinstance(value, bool):
-        return f"{value:,}"
-    return "".join(character for character in str(value) if character.isprintable())

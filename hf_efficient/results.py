@@ -1,4 +1,4 @@
-"""`results.json` of a checkpoint, and the block of facts that goes with every measured number.
+"""`results.json` of a checkpoint, the facts that go with every measured number, and tables of numbers in a terminal.
 
 Beside every checkpoint lies a `results.json`, written by the script that measured it; the card (`README.md`) is
 rendered from that file alone, never typed. Fields (`*` = required):
@@ -317,3 +317,49 @@ def write_whole(path: str | os.PathLike, text: str) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+# ------------------------------------------------------------------------------------------------------- in a terminal
+
+
+def format_table(columns: list[str], rows: list[list[Any]]) -> str:
+    """Set a table in columns of equal width for a terminal.
+
+    Args:
+        columns (`list[str]`): Headings.
+        rows (`list[list]`): Cells; a column of numbers is set right, floats with four significant digits; control
+            characters are dropped.
+
+    Returns:
+        `str`: The table, no line break at its end.
+    """
+    texts = [[_format_cell(value) for value in row] for row in [columns, *rows]]
+    widths = [max(len(row[i]) for row in texts) for i in range(len(columns))]
+    right = [all(isinstance(row[i], int | float) for row in rows) for i in range(len(columns))]
+    lines = [
+        "  ".join(text.rjust(width) if flush else text.ljust(width) for text, width, flush in zip(row, widths, right))
+        for row in texts
+    ]
+    return "\n".join(
+        [lines[0].rstrip(), "  ".join("-" * width for width in widths), *(line.rstrip() for line in lines[1:])]
+    )
+
+
+def _format_cell(value: Any) -> str:
+    return "".join(character for character in format_number(value) if character.isprintable())
+
+
+def format_number(value: Any) -> str:
+    """Write a cell of a table.
+
+    Args:
+        value (`Any`): Text as it is, whole numbers in groups of three, floats with four significant digits.
+
+    Returns:
+        `str`
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return str(value)
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:.4g}" if abs(value) < 10_000 else f"{value:,.0f}"

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 from transformers.utils import logging
 
-from hf_efficient import cli, hub, quickstart
+from hf_efficient import cli, hub, quickstart, results
 
 
 @pytest.fixture
@@ -322,6 +322,6 @@ def test_every_part_of_quickstart_names_what_it_needs(repository):
 
 
 def test_table_is_set_in_columns():
-    table = quickstart.format_table(["name", "value"], [["a", 1.23456], ["bcd", 12_345]])
+    table = results.format_table(["name", "value"], [["a", 1.23456], ["bcd", 12_345]])
     assert table == "name   value\n----  ------\na      1.235\nbcd   12,345"
-    assert quickstart.format_table(["x"], []) == "x\n-"
+    assert results.format_table(["x"], []) == "x\n-"

@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageOps
 
+from hf_efficient.results import format_number
+
 
 MAX_BYTES = 20 * 2**20
 MAX_PIXELS = 50_000_000
@@ -238,17 +240,3 @@ def table(columns: list[str], rows: list[list[Any]], bars: dict[int, list[float]
 def _escape_cell(text: str, breaks: bool) -> str:
     """Escape; names of modules get places where a narrow page may break them."""
     return re.sub(r"\.(?=\w)", ".<wbr>", html.escape(text)) if breaks else html.escape(text)
-
-
-def format_number(value: Any) -> str:
-    """Write a cell.
-
-    Args:
-        value (`Any`): Text as it is, whole numbers in groups of three, floats with four significant digits.
-
-    Returns:
-        `str`
-    """
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return str(value)
-    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}" if abs(value) < 1e4 else f"{value:,.0f}"

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from hf_efficient.quickstart import format_table
-from hf_efficient.results import run_meta
+from hf_efficient.results import format_table, run_meta
 from hf_efficient.toe.configuration_toe import ToEConfig
 
 from .llava_report import check_llava_inputs, is_llava, is_sparse, measure_llava
