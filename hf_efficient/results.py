@@ -50,6 +50,8 @@ import shlex
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -310,13 +312,27 @@ def write_whole(path: str | os.PathLike, text: str) -> None:
         path (`str` or `os.PathLike`): Where to; a file there is replaced.
         text (`str`): Its contents, stored as UTF-8.
     """
+    with whole_file(path) as unfinished:
+        unfinished.write_text(text, encoding="utf-8", newline="\n")
+
+
+@contextmanager
+def whole_file(path: str | os.PathLike) -> Iterator[Path]:
+    """Give a temporary file beside `path` to write to, which takes its place at the end or vanishes after an error.
+
+    Args:
+        path (`str` or `os.PathLike`): Where to; a file there is replaced.
+
+    Yields:
+        `Path`: The temporary file, not yet there; its name ends like `path`.
+    """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    unfinished = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     try:
-        temporary.write_text(text, encoding="utf-8", newline="\n")
-        os.replace(temporary, path)
+        yield unfinished
+        os.replace(unfinished, path)
     finally:
-        temporary.unlink(missing_ok=True)
+        unfinished.unlink(missing_ok=True)
 
 
 # ------------------------------------------------------------------------------------------------------- in a terminal

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil
 
 from hf_efficient import hub
-from hf_efficient.results import check_results, read_results, run_meta
+from hf_efficient.results import check_results, read_results, run_meta, whole_file, write_whole
 
 
 RESULTS = {
@@ -160,6 +160,23 @@ def test_card_says_how_and_shows_every_run(results):
     assert "| 0 | 95 |  |\n| 1 | 94.5 | stopped early |" in card
     assert "curve" not in card
     assert "![Kept patches](kept.png)" in card
+
+
+def test_a_file_is_whole_or_as_it_was(tmp_path):
+    file = tmp_path / "a.json"
+    write_whole(file, "old")
+
+    def break_off():
+        with whole_file(file) as unfinished:
+            unfinished.write_text("ne")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        break_off()
+    assert file.read_text() == "old"
+    write_whole(file, "new")
+    assert file.read_text() == "new"
+    assert list(tmp_path.iterdir()) == [file]
 
 
 def test_card_is_a_function_of_the_file_alone(folder, results):

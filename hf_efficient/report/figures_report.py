@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hf_efficient.results import whole_file
+
 from .measure_report import Phase
 from .model_report import EfficiencyReport, describe_kept, with_prefix
 
@@ -133,10 +135,6 @@ def check_ending(file: str | os.PathLike) -> Path:
 def save_figure(figure: "Figure", file: str | os.PathLike) -> Path:
     """Write a figure so that its file, named as [`check_ending`] wants it, appears whole or not at all."""
     target = check_ending(file)
-    unfinished = target.with_name(f".{target.stem}.{os.getpid()}{target.suffix}")
-    try:
+    with whole_file(target) as unfinished:
         figure.savefig(unfinished)
-        os.replace(unfinished, target)
-    finally:
-        unfinished.unlink(missing_ok=True)
     return target
