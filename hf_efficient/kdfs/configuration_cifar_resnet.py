@@ -30,6 +30,8 @@ class CifarResNetConfig(PreTrainedConfig):
         if self.id2label is None and "num_labels" not in kwargs:
             kwargs["num_labels"] = 10
         super().__post_init__(**kwargs)
+        if self.label2id is None:  # the names were given one way
+            self.label2id = {word: number for number, word in self.id2label.items()}
         if not isinstance(self.depth, int) or self.depth < 8 or (self.depth - 2) % 6:
             raise ValueError(f"`depth` must be 6n + 2 with n >= 1, but is {self.depth!r}; use 20, 32, 44, 56 or 110.")
         if len(self.hidden_sizes) != 3 or sorted(self.hidden_sizes) != self.hidden_sizes:

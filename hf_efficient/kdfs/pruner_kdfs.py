@@ -8,17 +8,18 @@ import shutil
 import tempfile
 import time
 import uuid
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel, TrainingArguments
 from transformers.utils import logging
 
-from .configuration_kdfs import KDFSConfig
+from .configuration_kdfs import RULES, KDFSConfig
 from .flops_kdfs import count_flops
 from .masking_kdfs import KDFSMaskedModel
 from .modeling_kdfs_pruned import KDFSPrunedModelForImageClassification
@@ -35,6 +36,7 @@ RUN_NAME = "kdfs_run.json"
 SAMPLED_NAME = "sampled.safetensors"
 HISTORY_NAME = "sampled_history.json"
 PHASES = ("sampling", "fine_tuning")
+DERIVED = ("model.onnx", "model.onnx.data", "widths.png")  # made of a pruned network; they end with it
 
 
 def check_folder(folder: Path, name: str) -> None:
@@ -59,11 +61,34 @@ def check_folder(folder: Path, name: str) -> None:
         raise ValueError(f"{name} {folder} cannot be made: {above} {why}; name another folder.") from error
 
 
-def load_classifier(model: str | os.PathLike | PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+def check_no_source(folder: Path, sources: dict[str, Any], name: str) -> None:
+    """Refuse to write the pruned network over the one it is made of, or over its teacher.
+
+    Args:
+        folder (`Path`): Where the pruned network is to go.
+        sources (`dict[str, Any]`): Hub id, folder, network or `None` by argument.
+        name (`str`): The argument of `folder` as it is typed.
+
+    Raises:
+        ValueError: If one of them was read from `folder`.
+    """
+    for argument, source in sources.items():
+        if isinstance(source, nn.Module):
+            source = getattr(source, "name_or_path", "")
+        if source and os.path.isdir(source) and os.path.realpath(source) == os.path.realpath(folder):
+            raise ValueError(
+                f"{name} {folder} would overwrite the network that {argument} was read from; name another folder."
+            )
+
+
+def load_classifier(
+    model: str | os.PathLike | PreTrainedModel, argument: str = "model", **kwargs: Any
+) -> PreTrainedModel:
     """Load an image classifier, or hand an instance through.
 
     Args:
         model (`str`, `os.PathLike` or `PreTrainedModel`): Hub id, folder or instance.
+        argument (`str`, *optional*, defaults to `"model"`): What messages call it.
         kwargs (`Any`): As of `AutoModelForImageClassification.from_pretrained`; `dtype` is `float32` if it is not
             given, since the weights are trained.
 
@@ -82,17 +107,17 @@ def load_classifier(model: str | os.PathLike | PreTrainedModel, **kwargs: Any) -
         loaded, info = AutoModelForImageClassification.from_pretrained(model, output_loading_info=True, **kwargs)
     except (SafetensorError, RuntimeError, EOFError) as error:
         raise ValueError(
-            f"`model` must be a readable checkpoint, but the weights of {os.fspath(model)!r} are corrupt "
+            f"`{argument}` must be a readable checkpoint, but the weights of {os.fspath(model)!r} are corrupt "
             f"({str(error).splitlines()[0]}); download or save them again."
         ) from error
     except OSError as error:
         raise OSError(
-            f"`model` must be a folder or a Hub id, but {os.fspath(model)!r} cannot be loaded "
+            f"`{argument}` must be a folder or a Hub id, but {os.fspath(model)!r} cannot be loaded "
             f"({str(error).splitlines()[0]})"
         ) from error
     if info["missing_keys"]:
         raise ValueError(
-            f"`model` must be a complete checkpoint, but {os.fspath(model)!r} lacks {len(info['missing_keys'])} "
+            f"`{argument}` must be a complete checkpoint, but {os.fspath(model)!r} lacks {len(info['missing_keys'])} "
             f"weights (such as {sorted(info['missing_keys'])[0]}); download or save it again."
         )
     return loaded
@@ -198,6 +223,7 @@ class KDFSPruner:
             [`KDFSPruner`]: Ready to prune.
 
         Raises:
+            OSError: If there is no such checkpoint.
             ValueError: If a checkpoint cannot be read or the teacher has other labels.
         """
         processor = None
@@ -208,7 +234,7 @@ class KDFSPruner:
             except (OSError, ValueError, ImportError) as error:
                 logger.info("No image processor beside the model (%s).", error)
         loaded = load_classifier(model, **kwargs)
-        return cls(loaded, None if teacher is None else load_classifier(teacher, **kwargs), processor)
+        return cls(loaded, None if teacher is None else load_classifier(teacher, "teacher", **kwargs), processor)
 
     def prune(
         self,
@@ -228,7 +254,8 @@ class KDFSPruner:
         settings and the same `args.output_dir`.
 
         Args:
-            save_directory (`str` or `os.PathLike`): Folder of the pruned checkpoint.
+            save_directory (`str` or `os.PathLike`): Folder of the pruned checkpoint. The ONNX file and the picture of
+                an earlier one are removed from it.
             pruning_config ([`KDFSConfig`]): Settings of the method.
             train_dataset (`Dataset`): Yields `pixel_values` and `labels`.
             eval_dataset (`Dataset`, *optional*): Likewise.
@@ -242,11 +269,19 @@ class KDFSPruner:
             `Path`: `save_directory`.
 
         Raises:
-            ValueError: If the target cannot be reached, the network has no convolutions, rows lack labels, or the
-                folder cannot be written.
+            ValueError: If the target cannot be reached, the network has no convolutions, rows lack labels, the
+                folder cannot be written or holds the network itself, or another run was interrupted in
+                `args.output_dir`.
         """
+        if not isinstance(pruning_config, KDFSConfig):
+            kind = type(pruning_config).__name__
+            raise ValueError(f"`pruning_config` must be a KDFSConfig, but is a {kind}; make one of your settings.")
+        if args is not None and not isinstance(args, TrainingArguments):
+            kind = type(args).__name__
+            raise ValueError(f"`args` must be TrainingArguments, but is a {kind}; make them of your settings.")
         save_directory = Path(save_directory)
         check_folder(save_directory, "`save_directory`")
+        check_no_source(save_directory, {"`model`": self.model, "`teacher`": self.teacher}, "`save_directory`")
         input_shape = tuple(first_image(train_dataset).shape)
         args = args or self._default_arguments(save_directory)
         self.processing_class = processing_class or self.processing_class
@@ -325,7 +360,7 @@ class KDFSPruner:
     ) -> dict[str, Any]:
         weights = sum(float(parameter.detach().double().abs().sum()) for parameter in self.model.parameters())
         return {
-            "pruning_config": json.loads(config.to_json_string(use_diff=False)),
+            "pruning_config": {name: getattr(config, name) for name in RULES},
             "steps": [sampling_steps, tuning_steps],
             "seed": args.seed,
             "learning_rate": args.learning_rate,
@@ -335,7 +370,7 @@ class KDFSPruner:
 
     def _sample(self, trainer: KDFSTrainer, masked: KDFSMaskedModel, run: "_Run", steps: int) -> None:
         if run.sampled:
-            logger.info("The sampling phase of %s is done; its result is used.", run.folder)
+            logger.warning("The sampling phase of %s is done; its result is used.", run.folder)
             masked.load_state_dict(load_file(run.folder / SAMPLED_NAME))
             masked.to(trainer.args.device)
             return
@@ -384,6 +419,8 @@ class KDFSPruner:
                 self.processing_class.save_pretrained(unfinished)
             (unfinished / REPORT_NAME).write_text(json.dumps(self.report, indent=2) + "\n", encoding="utf-8")
             save_directory.mkdir(parents=True, exist_ok=True)
+            for name in DERIVED:  # of an earlier pruning, with other weights
+                (save_directory / name).unlink(missing_ok=True)
             files = sorted(unfinished.iterdir(), key=lambda path: path.name == "config.json")
             for path in files:  # config.json last: before it nothing loads
                 os.replace(path, save_directory / path.name)
@@ -436,16 +473,17 @@ class _Run:
         """Continue a run with the same settings, or start one."""
         path = self.folder / RUN_NAME
         if path.is_file():
-            before = json.loads(path.read_text(encoding="utf-8"))
-            changed = [name for name in settings if before.get(name) != settings[name]]
-            if changed:
-                raise ValueError(
-                    f"`args.output_dir` holds an interrupted run with another {changed[0]} "
-                    f"({before.get(changed[0])} instead of {settings[changed[0]]}); give the run another folder or "
-                    f"remove {self.folder}."
-                )
-            self.resumes = True
+            before, now = _flat(json.loads(path.read_text(encoding="utf-8"))), _flat(settings)
+            changed = [name for name in now if before.get(name) != now[name]]
             self.sampled = (self.folder / SAMPLED_NAME).is_file()
+            begun = self.sampled or last_whole_checkpoint(self.folder / PHASES[0]) is not None
+            if changed and begun:
+                name = changed[0]
+                raise ValueError(
+                    f"{self.folder} holds an interrupted run with `{name}` {before.get(name)} instead of "
+                    f"{now[name]}; start it as it was, give this one another folder or remove {self.folder}."
+                )
+            self.resumes = not changed
         trainer.accelerator.wait_for_everyone()
         if trainer.is_world_process_zero() and not self.resumes:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -466,7 +504,7 @@ class _Run:
         """Newest whole checkpoint of a phase of an interrupted run."""
         found = last_whole_checkpoint(self.folder / phase) if self.resumes else None
         if found is not None:
-            logger.info("Continuing the %s phase from %s.", phase, found)
+            logger.warning("Continuing the %s phase from %s.", phase, found)
         return found
 
     def save_sampled(self, masked: KDFSMaskedModel, history: list[dict[str, Any]]) -> None:
@@ -487,6 +525,11 @@ class _Run:
             (self.folder / name).unlink(missing_ok=True)
 
 
+def _flat(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings of a run with those of the method among them, so that a single one can be named."""
+    return {**settings.get("pruning_config", {}), **{k: v for k, v in settings.items() if k != "pruning_config"}}
+
+
 def _checkpoints(folder: Path) -> list[Path]:
     """Checkpoints of a Trainer, oldest first."""
     found = [path for path in folder.glob("checkpoint-*") if path.is_dir() and path.name[11:].isdigit()]
@@ -497,7 +540,7 @@ def last_whole_checkpoint(folder: str | os.PathLike) -> str | None:
     """Newest checkpoint in a Trainer's folder that was written to its end.
 
     A process that is ended while it writes leaves a folder without `trainer_state.json`, which comes last, or with a
-    part of it.
+    part of it; a full disk leaves weights or an optimiser state that end early.
 
     Args:
         folder (`str` or `os.PathLike`): `args.output_dir` of the Trainer; it need not exist.
@@ -506,13 +549,22 @@ def last_whole_checkpoint(folder: str | os.PathLike) -> str | None:
         `str` or `None`: The checkpoint, for `resume_from_checkpoint`.
     """
     for path in reversed(_checkpoints(Path(folder))):
-        try:
-            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            logger.warning("%s was cut off while it was written and is passed over.", path)
-            continue
-        return str(path)
+        if _is_whole(path):
+            return str(path)
+        logger.warning("%s was cut off while it was written and is passed over.", path)
     return None
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    """Whether every file of a checkpoint has its end; the tensors themselves are not read."""
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+        for weights in checkpoint.glob("*.safetensors"):
+            with safe_open(weights, framework="pt"):
+                pass
+    except (OSError, ValueError, SafetensorError):
+        return False
+    return all(zipfile.is_zipfile(file) for file in (*checkpoint.glob("*.pt"), *checkpoint.glob("*.pth")))
 
 
 def _write_whole(path: Path, document: Any) -> None:

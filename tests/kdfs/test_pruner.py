@@ -16,7 +16,7 @@ from hf_efficient import (
 )
 from hf_efficient.kdfs.losses_kdfs import distillation_loss
 from hf_efficient.kdfs.modeling_kdfs_pruned import scatter_channels
-from hf_efficient.kdfs.pruner_kdfs import measure_latency
+from hf_efficient.kdfs.pruner_kdfs import last_whole_checkpoint, measure_latency
 
 
 SHAPE = (3, 16, 16)
@@ -24,7 +24,8 @@ SHAPE = (3, 16, 16)
 
 def cifar(**changes):
     torch.manual_seed(0)
-    config = CifarResNetConfig(depth=8, hidden_sizes=[8, 16, 16], num_labels=4, **changes)
+    labels = {} if "id2label" in changes else {"num_labels": 4}
+    config = CifarResNetConfig(depth=8, hidden_sizes=[8, 16, 16], **labels, **changes)
     return CifarResNetForImageClassification(config)
 
 
@@ -89,7 +90,7 @@ def test_an_interrupted_run_goes_on(arguments, toy_data, tmp_path, phase):
         prune("cut", Break())
     assert not (tmp_path / "cut-out").exists()
     other = arguments(output_dir=str(tmp_path / "cut"), max_steps=10)
-    with pytest.raises(ValueError, match="another steps"):
+    with pytest.raises(ValueError, match=r"interrupted run with `steps` \[4, 4\] instead of \[5, 5\]"):
         KDFSPruner.from_pretrained(cifar()).prune(tmp_path / "cut-out", config, data, args=other)
     resumed = prune("cut")
     expected, got = whole.pruned_model.state_dict(), resumed.pruned_model.state_dict()
@@ -328,3 +329,99 @@ def test_a_channels_last_network_is_pruned_and_resumes(arguments, toy_data, tmp_
     pruner.prune(tmp_path / "out", KDFSConfig(target_flops_reduction=0.4), toy_data(), args=args)
     assert model.cifar_resnet.layer1[0].conv1.weight.is_contiguous(memory_format=torch.channels_last)
     assert KDFSPruner.from_pretrained(tmp_path / "out").model is not None
+
+
+def test_the_network_that_is_pruned_is_not_overwritten(arguments, toy_data, tmp_path):
+    """Its folder holds the only dense weights, the teacher's as well."""
+    cifar().save_pretrained(tmp_path / "dense")
+    before = (tmp_path / "dense" / "model.safetensors").read_bytes()
+    config = KDFSConfig(target_flops_reduction=0.4)
+    for pruner in (
+        KDFSPruner.from_pretrained(tmp_path / "dense"),
+        KDFSPruner(CifarResNetForImageClassification.from_pretrained(tmp_path / "dense")),
+        KDFSPruner.from_pretrained(cifar(), teacher=tmp_path / "dense"),
+    ):
+        with pytest.raises(ValueError, match="would overwrite the network"):
+            pruner.prune(tmp_path / "other" / ".." / "dense", config, toy_data(), args=arguments(max_steps=1))
+    assert (tmp_path / "dense" / "model.safetensors").read_bytes() == before
+    assert not (tmp_path / "training").exists()
+
+
+def test_files_of_an_earlier_pruning_do_not_stay(arguments, toy_data, tmp_path):
+    """An ONNX file of other weights beside the new ones would be deployed."""
+    out = tmp_path / "out"
+    out.mkdir()
+    for name in ("model.onnx", "model.onnx.data", "widths.png", "notes.txt"):
+        (out / name).write_text("earlier")
+    pruner = KDFSPruner.from_pretrained(cifar())
+    pruner.prune(out, KDFSConfig(target_flops_reduction=0.4), toy_data(), args=arguments(max_steps=1))
+    assert not any((out / name).exists() for name in ("model.onnx", "model.onnx.data", "widths.png"))
+    assert (out / "notes.txt").read_text() == "earlier"
+
+
+def test_a_damaged_checkpoint_is_passed_over(arguments, toy_data, tmp_path):
+    """A full disk or a bad copy leaves a checkpoint whose weights end early."""
+
+    class Break(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 3:
+                raise KeyboardInterrupt
+
+    def prune(*callbacks):
+        pruner = KDFSPruner.from_pretrained(cifar())
+        args = arguments(max_steps=4, save_strategy="steps", save_steps=1)
+        config = KDFSConfig(target_flops_reduction=0.4, fine_tune_share=0.0)
+        pruner.prune(tmp_path / "out", config, toy_data(24), args=args, callbacks=list(callbacks))
+
+    with pytest.raises(KeyboardInterrupt):
+        prune(Break())
+    sampling = tmp_path / "training" / "sampling"
+    assert {path.name for path in sampling.iterdir()} == {"checkpoint-1", "checkpoint-2"}
+    expected = {"model.safetensors": str(sampling / "checkpoint-1"), "optimizer.pt": None}
+    for number, (name, found) in zip((2, 1), expected.items(), strict=True):
+        file = sampling / f"checkpoint-{number}" / name
+        file.write_bytes(file.read_bytes()[:100])
+        assert last_whole_checkpoint(sampling) == found
+    prune()
+
+
+def test_what_changed_since_the_interruption_is_named(arguments, toy_data, tmp_path):
+    class Break(TrainerCallback):
+        def __init__(self, step):
+            self.step = step
+
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == self.step:
+                raise KeyboardInterrupt
+
+    def prune(*callbacks, **settings):
+        args = arguments(max_steps=8, save_strategy="steps", save_steps=2)
+        config = KDFSConfig(**{"target_flops_reduction": 0.4, **settings})
+        pruner = KDFSPruner.from_pretrained(cifar())
+        pruner.prune(tmp_path / "out", config, toy_data(24), args=args, callbacks=list(callbacks))
+
+    with pytest.raises(KeyboardInterrupt):
+        prune(Break(1))  # before its first checkpoint: nothing is lost by other settings
+    with pytest.raises(KeyboardInterrupt):
+        prune(Break(3), round_to=2)
+    with pytest.raises(ValueError, match=r"interrupted run with `round_to` 2 instead of 4") as raised:
+        prune(round_to=4)
+    assert len(str(raised.value)) < 300 + len(str(tmp_path))
+
+
+def test_a_wrong_argument_is_named(tmp_path, toy_data, arguments):
+    with pytest.raises(OSError, match="`teacher` must be a folder"):
+        KDFSPruner.from_pretrained(cifar(), teacher=tmp_path / "nowhere")
+    pruner = KDFSPruner.from_pretrained(cifar())
+    with pytest.raises(ValueError, match="`pruning_config` must be a KDFSConfig, but is a dict"):
+        pruner.prune(tmp_path / "out", {"round_to": 8}, toy_data(), args=arguments())
+    with pytest.raises(ValueError, match="`args` must be TrainingArguments, but is a dict"):
+        pruner.prune(tmp_path / "out", KDFSConfig(), toy_data(), args={"max_steps": 2})
+
+
+def test_named_classes_are_saved(tmp_path):
+    """`id2label` alone names the classes; the other direction follows."""
+    names = {0: "a", 1: "b", 2: "c", 3: "d"}
+    cifar(id2label=names).save_pretrained(tmp_path)
+    config = CifarResNetForImageClassification.from_pretrained(tmp_path).config
+    assert (config.id2label, config.label2id) == (names, {word: number for number, word in names.items()})
