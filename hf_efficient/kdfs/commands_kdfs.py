@@ -13,7 +13,8 @@ class Prune:
     DATASET is a Hub id, a folder of images in one folder per class, a parquet file, or a folder with train.parquet
     (and test.parquet). The pass takes EPOCHS in all: it learns which filters to drop, then trains the smaller network.
     The folder OUTPUT gets the checkpoint, kdfs_report.json (filters before and after, multiply-adds, latency) and
-    widths.png. A run that was interrupted continues when it is started again with the same arguments.
+    widths.png. A run that was interrupted continues when it is started again with the same arguments; its checkpoints
+    lie in OUTPUT-training, which may be removed once the run is done.
 
     Examples:
       hf-efficient prune --model user/resnet-18 --dataset ./photos --target-flops-reduction 0.55 --output ./pruned
@@ -39,14 +40,24 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--model", required=True, help="Hub id or folder of an image classifier")
     add("--dataset", required=True, help="Hub id, folder of images, parquet file or folder with train.parquet")
     add("--output", required=True, help="folder of the pruned checkpoint")
-    add("--target-flops-reduction", type=float, metavar="SHARE", help="multiply-adds to remove, in (0, 1)")
+    add(
+        "--target-flops-reduction",
+        type=float,
+        metavar="SHARE",
+        help="multiply-adds to remove, in (0, 1) (default: 0.55)",
+    )
     add("--epochs", type=float, default=20.0, help="passes over the data in all (default: 20)")
-    add("--max-steps", type=int, default=-1, metavar="STEPS", help="optimiser steps in all; overrides --epochs")
-    add("--fine-tune-share", type=float, metavar="SHARE", help="share of the steps for fine-tuning, in [0, 1)")
+    add("--max-steps", type=int, metavar="STEPS", help="optimiser steps in all; overrides --epochs")
+    add(
+        "--fine-tune-share",
+        type=float,
+        metavar="SHARE",
+        help="share of the steps for fine-tuning, in [0, 1) (default: 0.5)",
+    )
     add("--batch-size", type=int, default=128, help="images per step (default: 128)")
     add("--learning-rate", type=float, default=2e-3, help="of AdamW, cosine schedule (default: 0.002)")
-    add("--round-to", type=int, metavar="N", help="kept counts are multiples of N; 8 suits real hardware")
-    add("--min-filters", type=int, metavar="N", help="filters that stay in every layer")
+    add("--round-to", type=int, metavar="N", help="kept counts are multiples of N; 8 suits real hardware (default: 1)")
+    add("--min-filters", type=int, metavar="N", help="filters that stay in every layer (default: 1)")
     add("--include-layers", nargs="+", metavar="REGEX", help="prune only convolutions with these names")
     add("--exclude-layers", nargs="+", metavar="REGEX", help="leave convolutions with these names whole")
     add("--teacher", help="Hub id or folder of another teacher (default: the model itself)")
@@ -87,12 +98,14 @@ def run_prune(arguments: argparse.Namespace) -> dict[str, Any]:
 
     from .configuration_kdfs import KDFSConfig
     from .figures_kdfs import format_widths, plot_widths
-    from .pruner_kdfs import KDFSPruner, check_folder
+    from .pruner_kdfs import KDFSPruner, check_folder, check_no_source
 
     given = {name: getattr(arguments, name) for name in SETTINGS if getattr(arguments, name) is not None}
     config = KDFSConfig(**given)
     if arguments.epochs <= 0:
         raise ValueError(f"--epochs must be above 0, but is {arguments.epochs:g}.")
+    if arguments.max_steps is not None and arguments.max_steps < 1:
+        raise ValueError(f"--max-steps must be at least 1, but is {arguments.max_steps}.")
     if arguments.batch_size < 1:
         raise ValueError(f"--batch-size must be at least 1, but is {arguments.batch_size}.")
     if arguments.learning_rate <= 0:
@@ -101,6 +114,7 @@ def run_prune(arguments: argparse.Namespace) -> dict[str, Any]:
         raise ValueError(f"--seed must be at least 0, but is {arguments.seed}.")
     output = Path(arguments.output)
     check_folder(output, "--output")
+    check_no_source(output, {"--model": arguments.model, "--teacher": arguments.teacher}, "--output")
     remote = {"trust_remote_code": True} if arguments.trust_remote_code else {}
     for option, name in (("--model", arguments.model), ("--teacher", arguments.teacher)):
         _check_classifier(option, name, remote)
@@ -113,7 +127,7 @@ def run_prune(arguments: argparse.Namespace) -> dict[str, Any]:
     args = TrainingArguments(
         output_dir=str(output.with_name(f"{output.name}-training")),
         num_train_epochs=arguments.epochs,
-        max_steps=arguments.max_steps,
+        max_steps=arguments.max_steps or -1,
         per_device_train_batch_size=arguments.batch_size,
         per_device_eval_batch_size=arguments.batch_size,
         learning_rate=arguments.learning_rate,
@@ -197,12 +211,12 @@ def _load_data(arguments: argparse.Namespace, processor: Any, config: Any) -> tu
                 f"--dataset {arguments.dataset} must have a column of images and one of labels, but has "
                 f"{', '.join(features)}; name it with {option}."
             )
-    if not isinstance(features[image], Image) and _holds_bytes(features[image]):
-        data = data.cast_column(image, Image())
+    if isinstance(features[image], Image) or _holds_bytes(features[image]):
+        data = data.cast_column(image, Image(decode=False))  # decoded below, where a broken one can be named
     number = _label_numbers(arguments, data[arguments.train_split], label, config)
 
     def prepare(rows: dict[str, list[Any]]) -> dict[str, Any]:
-        images = [picture.convert("RGB") for picture in rows[image]]
+        images = [_decode(arguments, picture).convert("RGB") for picture in rows[image]]
         labels = [number(value) for value in rows[label]]
         return {"pixel_values": processor(images, return_tensors="pt")["pixel_values"], "labels": labels}
 
@@ -226,6 +240,22 @@ def _read(path: Path, arguments: argparse.Namespace) -> Any:
     return load_dataset(arguments.dataset)
 
 
+def _decode(arguments: argparse.Namespace, picture: Any) -> Any:
+    """The picture of a row, or one sentence that names it."""
+    from datasets import Image
+
+    if not isinstance(picture, dict):
+        return picture
+    try:
+        return Image().decode_example(picture)
+    except (OSError, ValueError, SyntaxError) as error:
+        reason = "it breaks off or is no picture" if picture.get("bytes") is None else str(error).split(" <")[0]
+        raise ValueError(
+            f"--dataset {arguments.dataset} has a picture that cannot be read, {picture.get('path') or 'unnamed'} "
+            f"({reason}); repair it or leave it out."
+        ) from error
+
+
 def _holds_bytes(kind: Any) -> bool:
     inner = kind.get("bytes") if isinstance(kind, dict) else kind
     return getattr(inner, "dtype", None) in ("binary", "large_binary")
@@ -240,6 +270,13 @@ def _label_numbers(arguments: argparse.Namespace, rows: Any, column: str, config
     words = {word: number for number, word in config.id2label.items()}
     if names and set(names.values()) <= set(words):
         return lambda value: words[names[value]]
+    known = sorted(set(names.values()) & set(words))
+    if known:  # by their numbers they would be other classes of the model
+        other = sorted(set(names.values()) - set(words))[0]
+        raise ValueError(
+            f"--dataset {arguments.dataset} has {known[0]!r}, a label of the model, and {other!r}, which is none; "
+            "leave that out, or prune a model that was trained on these classes."
+        )
     if any(isinstance(value, str) for value in values):
         if not values <= set(words):
             missing = sorted(values - set(words))[0]

@@ -35,6 +35,24 @@ def format_widths(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def shorten_names(names: list[str]) -> list[str]:
+    """Leave out the parts, between dots, with which all names begin and end.
+
+    Args:
+        names (`list[str]`): Names of layers.
+
+    Returns:
+        `list[str]`: As many, still different from each other; of a single name nothing is left out.
+    """
+    parts = [name.split(".") for name in names]
+    if len(parts) < 2:
+        return list(names)
+    for end in (0, -1):
+        while min(len(part) for part in parts) > 1 and len({part[end] for part in parts}) == 1:
+            parts = [part[1:] if end == 0 else part[:-1] for part in parts]
+    return [".".join(part) for part in parts]
+
+
 def plot_widths(report: dict[str, Any], file: str | os.PathLike) -> Path:
     """Draw the filters of every layer, kept ones in colour, as a PNG.
 
@@ -62,7 +80,8 @@ def plot_widths(report: dict[str, Any], file: str | os.PathLike) -> Path:
     axes.bar(positions, [layer["after"] for layer in layers], color="#2471a3", label="after")
     axes.set_ylabel("filters")
     size = 8 if len(layers) <= 60 else 5
-    axes.set_xticks(list(positions), [layer["name"] for layer in layers], rotation=90, fontsize=size)
+    names = shorten_names([layer["name"] for layer in layers])
+    axes.set_xticks(list(positions), names, rotation=90, fontsize=size)
     axes.set_title(f"{report['flops']['reduction']:.1%} of the multiply-adds removed")
     axes.legend()
     target = Path(file)

@@ -3,9 +3,10 @@
 Installed under that name by `package_dir` in setup.py, so neither torch nor the package loads before it is asked for.
 """
 
+import inspect
 import os
 import sys
-from argparse import ArgumentParser
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 
 from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 
@@ -23,10 +24,12 @@ class KDFSCommand(BaseOptimumCLICommand):
         if "prune" in sys.argv[1:2]:  # another command must not wait for this package
             from hf_efficient.kdfs.commands_kdfs import Prune
 
+            parser.description = inspect.cleandoc(Prune.__doc__)
+            parser.formatter_class = RawDescriptionHelpFormatter
             Prune.add_arguments(parser, method=False)
 
     def run(self) -> None:
-        """Prune; wrong input ends with one sentence and exit code 2."""
+        """Prune; wrong input ends with one sentence and exit code 2, an interruption with 130."""
         from hf_efficient.cli import describe
         from hf_efficient.kdfs.commands_kdfs import Prune
 
@@ -38,6 +41,9 @@ class KDFSCommand(BaseOptimumCLICommand):
                 raise
             sys.stderr.write(f"optimum-cli prune kdfs: error: {describe(error, typed)}\n")
             sys.exit(2)
+        except KeyboardInterrupt:
+            sys.stderr.write("\noptimum-cli prune kdfs: interrupted\n")
+            sys.exit(130)
         sys.stdout.write(report["text"] + "\n")
 
 

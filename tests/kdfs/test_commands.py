@@ -75,6 +75,7 @@ def test_prune(material, tmp_path, capsys):
         (["--label-column", "kind"], "--label-column"),
         (["--train-split", "learn"], "--train-split learn is not in the dataset; it has"),
         (["--epochs", "0"], "--epochs must be above 0, but is 0"),
+        (["--max-steps", "0"], "--max-steps must be at least 1, but is 0"),
         (["--batch-size", "0"], "--batch-size must be at least 1, but is 0"),
         (["--include-layers", "conv("], "must be None or a list of regular expressions, but is ['conv(']"),
         (["--seed", "-1"], "--seed must be at least 0, but is -1"),
@@ -151,6 +152,78 @@ def test_classes_are_matched_by_their_words(material, tmp_path):
     train, _ = _load_data(arguments, ViTImageProcessor.from_pretrained(model), config)
     assert train.features["label"].names == ["a", "b", "c"]
     assert [train[index]["labels"] for index in (0, 6, 12)] == [0, 2, 1]
+
+
+def test_classes_of_which_the_model_knows_some_are_refused(material, tmp_path, capsys):
+    """By number, the folder `b` would train the label `a`."""
+    model, images = material
+    (images / "train" / "a").rename(images / "train" / "zebra")
+    (images / "test" / "a").rename(images / "test" / "zebra")
+    CifarResNetForImageClassification(
+        CifarResNetConfig(depth=8, hidden_sizes=[8, 8, 16], id2label={0: "a", 1: "b", 2: "c"})
+    ).save_pretrained(model)
+    assert run(material, tmp_path) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "has 'b', a label of the model, and 'zebra', which is none" in error
+
+
+def test_a_picture_that_cannot_be_read_is_named(material, tmp_path, capsys):
+    broken = material[1] / "train" / "a" / "3.png"
+    broken.write_bytes(broken.read_bytes()[:40])
+    assert run(material, tmp_path) == 2
+    written = capsys.readouterr().err.replace("\r", "\n").splitlines()
+    error = next(line for line in written if "hf-efficient prune: error: --dataset " in line)
+    assert "3.png" in error
+    assert "repair it or leave it out" in error
+
+
+def test_the_model_is_not_overwritten(material, tmp_path, capsys):
+    model = material[0]
+    for more in (["--output", str(model)], ["--output", f"{model}/../{model.name}"]):
+        assert run(material, tmp_path, *more) == 2
+        assert "would overwrite the network" in capsys.readouterr().err.strip().splitlines()[-1]
+    assert CifarResNetForImageClassification.from_pretrained(model)
+
+
+def test_optimum_is_interrupted_like_the_own_command(monkeypatch, capsys):
+    """Ctrl-C is no error: one line, exit code 130."""
+    import argparse
+    import importlib.util
+
+    import hf_efficient.kdfs.commands_kdfs as commands
+
+    if importlib.util.find_spec("optimum.commands") is None:
+        pytest.skip("optimum-cli is not installed")
+    file = Path(commands.__file__).parent.parent / "optimum_cli" / "register_hf_efficient.py"
+    spec = importlib.util.spec_from_file_location("register_hf_efficient", file)
+    plugin = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(plugin)
+
+    def interrupt(arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(commands.Prune, "run", staticmethod(interrupt))
+    monkeypatch.setattr(sys, "argv", ["optimum-cli", "prune", "kdfs"])
+    parser = argparse.ArgumentParser()
+    plugin.KDFSCommand.parse_args(parser)
+    words = ["--model", "m", "--dataset", "d", "--output", "o"]
+    command = plugin.KDFSCommand.__new__(plugin.KDFSCommand)  # its parent wants Optimum's whole parser
+    command.args = parser.parse_args(words)
+    with pytest.raises(SystemExit) as ended:
+        command.run()
+    assert ended.value.code == 130
+    assert capsys.readouterr().err.strip().endswith("optimum-cli prune kdfs: interrupted")
+    assert "DATASET is a Hub id" in parser.format_help()
+
+
+def test_long_common_parts_of_names_stay_out_of_the_picture():
+    from hf_efficient.kdfs.figures_kdfs import shorten_names
+
+    names = ["net.stages.0.conv1.convolution", "net.stages.0.conv2.convolution", "net.stages.10.conv1.convolution"]
+    assert shorten_names(names) == ["0.conv1", "0.conv2", "10.conv1"]
+    assert shorten_names(["net.conv1", "net.conv1.conv"]) == ["conv1", "conv1.conv"]
+    assert shorten_names(["net.conv1"]) == ["net.conv1"]
+    assert shorten_names(["conv1", "conv2"]) == ["conv1", "conv2"]
 
 
 def test_parquet_of_another_tool(material, tmp_path):
