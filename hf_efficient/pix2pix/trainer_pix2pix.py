@@ -271,6 +271,7 @@ class Pix2PixTrainer(PushesNoPickles, Trainer):
     def _generator_backward(self, model: nn.Module, output: Tensor | None) -> Tensor:
         held, self._held = self._held, []
         total = torch.zeros((), device=self.args.device)
+        learning = [parameter for parameter in self.discriminator.parameters() if parameter.requires_grad]
         self.discriminator.requires_grad_(False)
         try:
             for number, (inputs, state) in enumerate(held):
@@ -283,7 +284,8 @@ class Pix2PixTrainer(PushesNoPickles, Trainer):
                     self.accelerator.backward(loss / len(held))
                 total += loss.detach() / len(held)
         finally:
-            self.discriminator.requires_grad_(True)
+            for parameter in learning:  # the others were frozen by the user
+                parameter.requires_grad_(True)
         return total
 
     def _generator_loss(self, model: nn.Module, inputs: dict[str, Tensor], output: Tensor | None) -> Tensor:
@@ -419,7 +421,7 @@ class Pix2PixTrainer(PushesNoPickles, Trainer):
                 shutil.rmtree(run / name, ignore_errors=True)
                 os.replace(staging / name, run / name)
         except (OSError, RuntimeError, SafetensorError) as error:
-            reason = str(error).splitlines()[0]
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise OSError(
                 f"{name} could not be written to {run} ({reason}); earlier checkpoints are whole."
             ) from error

@@ -178,6 +178,17 @@ def test_l1_alone_leaves_the_discriminator_alone(tmp_path):
     same(weights(discriminator), before)
 
 
+def test_frozen_layers_of_the_discriminator_stay_frozen(tmp_path):
+    model, discriminator = networks()
+    discriminator.layers[0].requires_grad_(False)
+    before = weights(discriminator)
+    trainer(tmp_path, model=model, discriminator=discriminator).train()
+    after = weights(discriminator)
+    assert torch.equal(after["layers.0.weight"], before["layers.0.weight"])
+    assert not torch.equal(after["layers.2.weight"], before["layers.2.weight"])
+    assert [p.requires_grad for p in discriminator.layers[0].parameters()] == [False, False]
+
+
 def test_the_discriminator_has_a_learning_rate_of_its_own(tmp_path):
     model, discriminator = networks()
     before = weights(model), weights(discriminator)
