@@ -495,7 +495,8 @@ def test_command(networks, capsys, tmp_path):
     ("options", "sentence"),
     [
         (["--repeats", "0"], "--repeats must be at least 1, got 0."),
-        (["--dtype", "load"], "--dtype must be a dtype of torch such as float32 or bfloat16, got 'load'."),
+        (["--dtype", "load"], "--dtype must be a floating point dtype such as float32 or bfloat16, got 'load'."),
+        (["--dtype", "int8"], "--dtype must be a floating point dtype such as float32 or bfloat16, got 'int8'."),
         (["--device", "cuda:999999"], "--device must be one that torch can use here, such as cpu, got 'cuda:999999'."),
         (["--device", "xpu:77"], "--device must be one that torch can use here, such as cpu, got 'xpu:77'."),
         (["--device", "meta"], "--device must be one that torch can use here, such as cpu, got 'meta'."),
@@ -523,6 +524,12 @@ def test_damaged_weights_are_one_sentence(networks, capsys):
     assert error.startswith(
         f"hf-efficient report: error: MODEL {networks / 'small'} holds weights that cannot be read"
     )
+
+
+def test_the_size_fits_the_generator(tmp_path, capsys):
+    Pix2PixModel(Pix2PixConfig(num_levels=3, base_channels=4, image_size=16)).save_pretrained(tmp_path / "generator")
+    assert cli.main(["report", str(tmp_path / "generator"), "--size", "12"]) == 2
+    assert "error: --size must be a multiple of 8 for this generator, got 12." in capsys.readouterr().err
 
 
 def test_a_picture_has_one_or_three_channels(tmp_path, capsys):

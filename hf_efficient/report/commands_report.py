@@ -84,8 +84,11 @@ def _check(arguments: argparse.Namespace) -> None:
         value = getattr(arguments, name)
         if value is not None and value < low:
             raise ValueError(f"--{name.replace('_', '-')} must be at least {low}, got {value}.")
-    if not isinstance(getattr(torch, arguments.dtype, None), torch.dtype):
-        raise ValueError(f"--dtype must be a dtype of torch such as float32 or bfloat16, got {arguments.dtype!r}.")
+    dtype = getattr(torch, arguments.dtype, None)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ValueError(
+            f"--dtype must be a floating point dtype such as float32 or bfloat16, got {arguments.dtype!r}."
+        )
     try:
         torch.zeros(1, device=arguments.device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
@@ -225,6 +228,9 @@ def _make_pixels(classifies: bool, config: Any, picture: Any, arguments: argpars
     size = size or getattr(config, "image_size", None)
     if not isinstance(size, int):
         raise ValueError(f"{arguments.model} does not say how large its pictures are: give --size.")
+    divisor = getattr(config, "size_divisor", 1)
+    if size % divisor:
+        raise ValueError(f"--size must be a multiple of {divisor} for this generator, got {size}.")
     channels = getattr(config, "num_channels", 3)
     if channels not in (1, 3):
         raise ValueError(
