@@ -136,7 +136,8 @@ def _repository() -> Path:
 def _command_line() -> str:
     script = Path(sys.argv[0]).resolve()
     shown = script.relative_to(_repository()) if script.is_relative_to(_repository()) else Path(script.name)
-    arguments = [re.sub(r"(?:(?<==)|^)/.*/(?=.)", "", argument) for argument in sys.argv[1:]]
+    folders = r"(?:(?<==)|^)(?:/|[A-Za-z]:[\\/])(?:.*[\\/])?(?=.)"  # of an absolute path, also of Windows
+    arguments = [re.sub(folders, "", argument) for argument in sys.argv[1:]]
     start = ["python", shown.as_posix()] if shown.suffix == ".py" else [shown.as_posix()]
     return shlex.join([*start, *arguments])
 

@@ -250,6 +250,8 @@ def test_run_meta_names_command_commit_and_machine(monkeypatch, repository):
     )
     meta = run_meta()
     assert meta["command"] == "python examples/x.py '--out=a b.json' in.png 1/2"
+    monkeypatch.setattr("sys.argv", ["x.exe", r"--out=C:\Users\me\a.json", "D:/data/me/in.png", "a=b"])
+    assert run_meta()["command"] == "x.exe --out=a.json in.png a=b"
     assert meta["threads"] == torch.get_num_threads()
     assert re.fullmatch(r"\d{4}-\d\d-\d\d", meta["date"])
     assert (
