@@ -187,15 +187,21 @@ def _check_classifier(option: str, name: str | None, remote: dict[str, Any]) -> 
 
 def _load_data(arguments: argparse.Namespace, processor: Any, config: Any) -> tuple[Any, Any]:
     """Training and evaluation rows that turn into `pixel_values` and `labels` when they are read."""
-    from datasets import Image
+    from datasets import Image, are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
     path = Path(arguments.dataset)
+    quiet = getattr(arguments, "quiet", False) and not are_progress_bars_disabled()
     try:
+        if quiet:
+            disable_progress_bars()
         data = _read(path, arguments)
     except Exception as error:  # datasets and pyarrow have many
         where = "could not be read" if path.exists() else "is no file or folder here and no Hub id that could be read"
         reason = str(error).strip().split("\n")[0].split(". ")[0].rstrip(".")
         raise ValueError(f"--dataset {arguments.dataset} {where} ({reason}).") from error
+    finally:
+        if quiet:
+            enable_progress_bars()
     if arguments.train_split not in data:
         raise ValueError(f"--train-split {arguments.train_split} is not in the dataset; it has {', '.join(data)}.")
     features = data[arguments.train_split].features

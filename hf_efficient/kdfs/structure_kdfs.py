@@ -460,7 +460,9 @@ def read_structure(
             break
     if not reader.groups:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in list(rules.whole.items())[:3])
-        raise ValueError(f"No convolution of {type(model).__name__} can be pruned ({reasons}).")
+        named = any("`" in reason for reason in rules.whole.values())
+        remedy = "loosen `include_layers` or `exclude_layers`" if named else "choose another network"
+        raise ValueError(f"No convolution of {type(model).__name__} can be pruned ({reasons}); {remedy}.")
     whole = {name: reason for name, reason in rules.whole.items() if name in reader.modules}
     stages = _stages(reader)
     return NetworkStructure(reader.groups, reader.layers, list(stages), stages, whole, tuple(input_shape[-3:]))

@@ -167,6 +167,13 @@ def test_classes_of_which_the_model_knows_some_are_refused(material, tmp_path, c
     assert "has 'b', a label of the model, and 'zebra', which is none" in error
 
 
+def test_quiet_is_quiet(material, tmp_path, capfd):
+    """Progress bars of `datasets` as well; the first lines are of a cache that is still empty."""
+    assert run(material, tmp_path, "--target-flops-reduction", "0.4", "--quiet") == 0
+    written = capfd.readouterr()
+    assert (written.out, written.err.replace("\r", "").strip()) == ("", "")
+
+
 def test_a_picture_that_cannot_be_read_is_named(material, tmp_path, capsys):
     broken = material[1] / "train" / "a" / "3.png"
     broken.write_bytes(broken.read_bytes()[:40])
