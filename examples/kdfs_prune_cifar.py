@@ -73,6 +73,9 @@ def parse() -> argparse.Namespace:
     needed = not (options.smoke or options.status)
     if needed and (options.weights is None or (options.data is None and not options.estimate)):
         parser.error("--data and --weights are needed (or --smoke)")
+    card = options.card
+    if card and card.exists() and any(card.iterdir()) and not (card / "results.json").is_file():
+        parser.error(f"--card {card} holds other files, which would be deleted: name a new folder.")
     options.cpu = not options.gpu
     return options
 
@@ -141,6 +144,8 @@ def main() -> None:
     if options.status:
         show_status(plan(options), ARMS, results, output)
         return
+    if options.card and ("kdfs", 0) not in plan(options) and results.load("kdfs", 0) is None:
+        raise SystemExit("--card needs the arm kdfs with seed 0: add them to --arm and --seed.")
     options.meta = run_meta()
     left = work(options, output, results)
     document = collect(results, options.meta, options.final)

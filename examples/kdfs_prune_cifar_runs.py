@@ -1,6 +1,5 @@
 """Which runs of `kdfs_prune_cifar.py` are done, half done or missing; finished ones lie in a folder to keep."""
 
-import fcntl
 import json
 import os
 import shutil
@@ -11,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from transformers import TrainerCallback
 
 from hf_efficient.kdfs.pruner_kdfs import last_whole_checkpoint
@@ -38,7 +38,7 @@ RECIPE = (
 class Results:
     """Finished runs: `ARM-SEED.json`, a few kB each, and the weights that other runs or the card need (0.6 MB).
 
-    Everything a later sitting on another machine needs lies here; the folder can be committed.
+    Everything that goes on on another machine needs lies here; the folder can be committed.
 
     Args:
         folder (`Path`): Made when the first run is done.
@@ -104,17 +104,20 @@ def begin_run(folder: Path, arm: str, seed: int, options: dict[str, Any]) -> Non
 def claim(folder: Path) -> Iterator[bool]:
     """Whether this process may do the run: one at a time; the claim ends with the process, however it ends."""
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "claim").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-        else:
-            yield True
+    lock = FileLock(folder / "claim", blocking=False)
+    try:
+        lock.acquire()
+    except Timeout:
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        lock.release()
 
 
 class CpuClock(TrainerCallback):
-    """Core seconds of a run over all its sittings, written whenever a checkpoint is.
+    """Core seconds of a run over all its starts, written whenever a checkpoint is.
 
     Args:
         file (`Path`): Where they are kept.

@@ -19,7 +19,6 @@ crops of 2 pixels (the best of 0, 2, 4 for full and ToE on average; such runs in
 
 import argparse
 import copy
-import fcntl
 import json
 import os
 import shutil
@@ -28,6 +27,7 @@ import sys
 from pathlib import Path
 
 import torch
+from filelock import FileLock, Timeout
 from toe_train_vit_clock import Clock, Yardstick, accuracy, show_timing, time_steps
 from toe_train_vit_data import Batches, Rows, decode
 from toe_train_vit_report import finish_run, print_bounds, report, write_checkpoint
@@ -99,10 +99,10 @@ def train(args: argparse.Namespace, arm: str, seed: int) -> None:
     """One run; keeps its figures, and the weights of the run that becomes the card, when it has ended."""
     folder = args.output / f"{arm}-{seed}"
     folder.mkdir(parents=True, exist_ok=True)
-    lock = (folder / "lock").open("w")
+    lock = FileLock(folder / "lock", blocking=False)  # it ends with the process, however that ends
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+        lock.acquire()
+    except Timeout:
         raise SystemExit(f"another process trains in {folder}; wait for it or end it.") from None
     recipe, meta = make_recipe(args, arm), run_meta()
     if (folder / "recipe.json").exists():

@@ -34,8 +34,8 @@ def accuracy(prediction: tuple) -> dict[str, float]:
 class Yardstick:
     """CPU seconds of one plain pass, forward and backward, over a fixed batch: the unit of a machine and an hour.
 
-    Sittings differ in processor and in what else runs there. Time over this unit, taken before and after every epoch,
-    can be compared between them. Draws no random number that a training would miss.
+    Starts of a run differ in processor and in what else runs there. Time over this unit, taken before and after every
+    epoch, can be compared between them. Draws no random number that a training would miss.
     """
 
     def __init__(self, make_model: Callable[[], PreTrainedModel], batch_size: int, image_size: int):

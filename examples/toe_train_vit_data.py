@@ -3,6 +3,7 @@
 A part of that script, kept in a file of its own for its length.
 """
 
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -49,7 +50,9 @@ def decode(name: str, split: str, size: int, folder: Path) -> tuple[np.ndarray, 
     The split is read by this function alone, so that a test split stays closed until someone asks for it.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    files = [folder / f"{split}_{size}_{part}" for part in ("images.npy", "labels.npy", "names.json")]
+    place = str(Path(name).resolve()) if Path(name).is_dir() else name
+    key = f"{hashlib.sha256(place.encode()).hexdigest()[:8]}_{split}_{size}"
+    files = [folder / f"{key}_{part}" for part in ("images.npy", "labels.npy", "names.json")]
     if not all(file.exists() for file in files):
         data = load_split(name, split)
         columns = {type(feature): column for column, feature in data.features.items()}

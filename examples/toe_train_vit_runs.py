@@ -1,6 +1,6 @@
 """The runs of `toe_train_vit.py`: which are done, which are missing, and the processes they run in.
 
-A part of that script, kept in a file of its own for its length. A long comparison takes several sittings, on machines
+A part of that script, kept in a file of its own for its length. A long comparison takes several starts, on machines
 that may be gone in between, so there are two folders. `--output` holds what is under way: a Trainer checkpoint after
 every epoch. `--results` holds what is worth keeping, some megabytes in all: `run-ARM-SEED.json` of every finished run
 and the weights in fp16 of the run that becomes the card. A run whose file lies there is not repeated.
@@ -57,7 +57,7 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -
 
 
 def list_jobs(args: argparse.Namespace) -> list[tuple[str, int]]:
-    """Arm and seed of every run; the arms of a seed follow each other, so that they share a sitting."""
+    """Arm and seed of every run; the arms of a seed follow each other, so that they share a start."""
     jobs = [(arm, seed) for seed in args.seeds for arm in (ARMS if args.compare or args.arms else ("toe",))]
     jobs += [("fast", args.seeds[0])] if args.compare or args.arms else []
     return [job for job in jobs if args.arms is None or job[0] in args.arms]

@@ -63,9 +63,10 @@ def test_a_half_done_run_goes_on_with_its_recipe_only(runs, tmp_path):
 
 
 HOLD = """
-import fcntl, sys
-file = open(sys.argv[1], "w")
-fcntl.flock(file, fcntl.LOCK_EX)
+import sys
+from filelock import FileLock
+lock = FileLock(sys.argv[1])
+lock.acquire()
 print("held", flush=True)
 sys.stdin.read()
 """
@@ -161,3 +162,27 @@ def test_the_comparison_goes_on_where_it_was(repository, tmp_path):
     before = json.loads(documents["kdfs-0.json"])
     assert again["accuracy"] == before["accuracy"]
     assert again["macs"] == before["macs"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--card mine", "--card mine holds other files, which would be deleted: name a new folder."),
+        ("--card new --arm dense", "--card needs the arm kdfs with seed 0: add them to --arm and --seed."),
+        ("--card new --seed 1", "--card needs the arm kdfs with seed 0: add them to --arm and --seed."),
+    ],
+)
+def test_a_card_that_cannot_be_written_stops_at_once(runs, options, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "letter.txt").write_text("mine")
+    script = importlib.import_module("kdfs_prune_cifar")
+    monkeypatch.setattr(script, "run_meta", lambda: pytest.fail("work began"))
+    monkeypatch.setattr(script.faulthandler, "enable", lambda: None)
+    monkeypatch.setattr(script.signal, "signal", lambda *_: None)
+    given = ["--data", "d", "--weights", "w", *options.split()]
+    monkeypatch.setattr(sys, "argv", ["kdfs_prune_cifar.py", *given])
+    with pytest.raises(SystemExit) as stopped:
+        script.main()
+    assert message in f"{stopped.value}{capsys.readouterr().err}"
+    assert (tmp_path / "mine" / "letter.txt").read_text() == "mine"

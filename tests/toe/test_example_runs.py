@@ -1,4 +1,4 @@
-"""Book-keeping of `examples/toe_train_vit.py`: a comparison that takes several sittings."""
+"""Book-keeping of `examples/toe_train_vit.py`: a comparison that takes several starts."""
 
 import argparse
 import importlib
@@ -182,3 +182,22 @@ def test_trials_become_a_table(runs, args, repository, monkeypatch):
     (table,) = report.choices_table(args.results)
     assert table["rows"] == [[4, 128, "0.001", 15, "ToE", 9, "50.00"]]
     assert len(table["columns"]) == len(table["rows"][0])
+
+
+def test_two_datasets_share_no_decoded_images(repository, tmp_path, monkeypatch):
+    from datasets import ClassLabel, Dataset, Features, Image
+    from PIL import Image as Picture
+
+    monkeypatch.syspath_prepend(str(repository / "examples"))
+    data = importlib.import_module("toe_train_vit_data")
+    features = Features({"image": Image(), "label": ClassLabel(names=["a", "b"])})
+    for name, grey in (("first", 10), ("second", 200)):
+        (tmp_path / name / "images").mkdir(parents=True)
+        picture = Picture.new("RGB", (4, 4), (grey, grey, grey))
+        rows = Dataset.from_dict({"image": [picture], "label": [0]}, features=features)
+        rows.to_parquet(tmp_path / name / "images" / "train.parquet")
+    found = [
+        data.decode(str(tmp_path / name / "images"), "train", 4, tmp_path / "decoded")[0]
+        for name in ("first", "second")
+    ]
+    assert [int(images[0, 0, 0, 0]) for images in found] == [10, 200]
