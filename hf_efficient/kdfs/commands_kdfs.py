@@ -1,6 +1,7 @@
 """`hf-efficient prune` and `optimum-cli prune kdfs`: the pass from the command line."""
 
 import argparse
+import importlib.util
 import io
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -12,9 +13,9 @@ class Prune:
 
     DATASET is a Hub id, a folder of images in one folder per class, a parquet file, or a folder with train.parquet
     (and test.parquet). The pass takes EPOCHS in all: it learns which filters to drop, then trains the smaller network.
-    The folder OUTPUT gets the checkpoint, kdfs_report.json (filters before and after, multiply-adds, latency) and
-    widths.png. A run that was interrupted continues when it is started again with the same arguments; its checkpoints
-    lie in OUTPUT-training, which may be removed once the run is done.
+    The folder OUTPUT gets the checkpoint, kdfs_report.json (filters before and after, multiply-adds, latency,
+    accuracy) and widths.png. A run that was interrupted continues when it is started again with the same arguments;
+    its checkpoints lie in OUTPUT-training, which may be removed once the run is done.
 
     Examples:
       hf-efficient prune --model user/resnet-18 --dataset ./photos --target-flops-reduction 0.55 --output ./pruned
@@ -98,7 +99,7 @@ def run_prune(arguments: argparse.Namespace) -> dict[str, Any]:
 
     from .configuration_kdfs import KDFSConfig
     from .figures_kdfs import format_widths, plot_widths
-    from .pruner_kdfs import KDFSPruner, check_folder, check_no_source
+    from .pruner_kdfs import KDFSPruner, check_folder, check_no_source, write_report
 
     given = {name: getattr(arguments, name) for name in SETTINGS if getattr(arguments, name) is not None}
     config = KDFSConfig(**given)
@@ -112,6 +113,11 @@ def run_prune(arguments: argparse.Namespace) -> dict[str, Any]:
         raise ValueError(f"--learning-rate must be above 0, but is {arguments.learning_rate:g}.")
     if arguments.seed < 0:
         raise ValueError(f"--seed must be at least 0, but is {arguments.seed}.")
+    lacking = [name for name in ("onnx", "onnxscript") if arguments.onnx and importlib.util.find_spec(name) is None]
+    if lacking:
+        raise ImportError(
+            f"--onnx needs onnx and onnxscript, but {lacking[0]} is missing; install `hf-efficient[onnx]`."
+        )
     output = Path(arguments.output)
     check_folder(output, "--output")
     check_no_source(output, {"--model": arguments.model, "--teacher": arguments.teacher}, "--output")
@@ -154,6 +160,7 @@ def run_prune(arguments: argparse.Namespace) -> dict[str, Any]:
             "after": _accuracy(pruner.pruned_model, test, arguments.batch_size),
             "images": len(test),
         }
+        write_report(folder, report)
         lines.append(
             "accuracy on {images} images: {before:.4f} before, {after:.4f} after".format(**report["accuracy"])
         )

@@ -417,7 +417,7 @@ class KDFSPruner:
             timm = type(self.processing_class).__name__ == "TimmWrapperImageProcessor"  # lives in config.json
             if self.processing_class is not None and not timm:
                 self.processing_class.save_pretrained(unfinished)
-            (unfinished / REPORT_NAME).write_text(json.dumps(self.report, indent=2) + "\n", encoding="utf-8")
+            write_report(unfinished, self.report)
             save_directory.mkdir(parents=True, exist_ok=True)
             for name in DERIVED:  # of an earlier pruning, with other weights
                 (save_directory / name).unlink(missing_ok=True)
@@ -565,6 +565,16 @@ def _is_whole(checkpoint: Path) -> bool:
     except (OSError, ValueError, SafetensorError):
         return False
     return all(zipfile.is_zipfile(file) for file in (*checkpoint.glob("*.pt"), *checkpoint.glob("*.pth")))
+
+
+def write_report(folder: Path, report: dict[str, Any]) -> None:
+    """Write what a pruning removed as `kdfs_report.json`, whole or not at all.
+
+    Args:
+        folder (`Path`): Of the checkpoint.
+        report (`dict`): `KDFSPruner.report`, with more or without.
+    """
+    _write_whole(folder / REPORT_NAME, report)
 
 
 def _write_whole(path: Path, document: Any) -> None:

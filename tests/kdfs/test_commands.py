@@ -48,6 +48,9 @@ def test_prune(material, tmp_path, capsys):
     report = json.loads(report_file.read_text())
     assert abs(report["flops"]["reduction"] - 0.4) < 0.01
     assert report["accuracy"]["images"] == 6
+    written = json.loads((tmp_path / "out" / "kdfs_report.json").read_text())
+    assert written == {name: report[name] for name in written}
+    assert written["accuracy"] == report["accuracy"]
     captured = capsys.readouterr()
     assert "{'loss'" not in captured.out + captured.err, "the Trainer's own lines are no result"
     text = captured.out
@@ -165,6 +168,15 @@ def test_classes_of_which_the_model_knows_some_are_refused(material, tmp_path, c
     assert run(material, tmp_path) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert "has 'b', a label of the model, and 'zebra', which is none" in error
+
+
+def test_a_missing_exporter_is_noticed_before_training(material, tmp_path, capsys, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None if name == "onnx" else find(name, *more))
+    assert run(material, tmp_path, "--target-flops-reduction", "0.4", "--onnx") == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "--onnx needs onnx and onnxscript, but onnx is missing; install `hf-efficient[onnx]`." in error
+    assert not (tmp_path / "out").exists()
 
 
 def test_quiet_is_quiet(material, tmp_path, capfd):
