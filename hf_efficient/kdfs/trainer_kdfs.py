@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
+from transformers.utils import logging
 
 from .configuration_kdfs import KDFSConfig
 from .losses_kdfs import distillation_loss, flops_loss, reconstruction_loss
@@ -14,6 +15,9 @@ from .pushing_kdfs import PushesNoPickles
 from .sampling_kdfs import gumbel_temperature
 from .slicing_kdfs import host_network
 from .structure_kdfs import NetworkStructure, read_structure
+
+
+logger = logging.get_logger(__name__)
 
 
 def check_teacher(teacher: nn.Module, model: nn.Module) -> None:
@@ -47,7 +51,9 @@ class DistillationTrainer(PushesNoPickles, Trainer):
     """Cross entropy plus distillation, `CE + kd_weight * T^2 KL(teacher || student)`, for any image classifier.
 
     Args:
-        teacher (`nn.Module`, *optional*): Returns `.logits`; it is never trained. `None`: cross entropy alone.
+        teacher (`nn.Module`, *optional*): Returns `.logits`. It is moved to the device of the training, put into
+            evaluation mode and frozen, and stays so; hand in a copy if you train it elsewhere. `None`: cross entropy
+            alone.
         kd_weight (`float`, *optional*, defaults to 0.05): Weight of the distillation loss.
         kd_temperature (`float`, *optional*, defaults to 3.0): Its temperature.
         kwargs (`Any`): As of [`~transformers.Trainer`].
@@ -208,8 +214,19 @@ class KDFSTrainer(DistillationTrainer):
         own = {name for name, _ in self.teacher.named_modules()}
         if all(prefix + name in own for name in structure.stages):
             return [prefix + name for name in structure.stages]
-        theirs = read_structure(self.teacher, structure.input_shape).stages
-        return theirs if len(theirs) == len(structure.stages) else []
+        try:
+            theirs = read_structure(self.teacher, structure.input_shape).stages
+        except ValueError:  # no convolutions, such as a vision transformer
+            theirs = []
+        if len(theirs) != len(structure.stages):
+            logger.warning(
+                "The teacher has %d stages and the model %d, so the reconstruction loss is left out; "
+                "the distillation of the logits stays.",
+                len(theirs),
+                len(structure.stages),
+            )
+            return []
+        return theirs
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train; afterwards the teacher has no hooks any more.

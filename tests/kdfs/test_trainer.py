@@ -197,6 +197,18 @@ def test_in_bfloat16_the_teacher_computes_in_bfloat16_too(trainer_class, argumen
     assert set(seen) == {torch.bfloat16}
 
 
+def test_a_teacher_without_stages_distils_its_logits_alone(arguments, toy_data, caplog):
+    from transformers import ViTConfig, ViTForImageClassification
+
+    shape = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 1, "num_hidden_layers": 1}
+    teacher = ViTForImageClassification(ViTConfig(**shape, image_size=16, patch_size=8, num_labels=4))
+    trainer = KDFSTrainer(cifar(), arguments(max_steps=1), KDFSConfig(), teacher, train_dataset=toy_data())
+    assert "the reconstruction loss is left out" in caplog.text
+    trainer.train()
+    entry = next(entry for entry in trainer.state.log_history if "distillation" in entry)
+    assert "reconstruction" not in entry
+
+
 def test_distillation_alone(arguments, toy_data):
     teacher = cifar()
     trainer = DistillationTrainer(
