@@ -26,7 +26,7 @@ from .modeling_kdfs_pruned import KDFSPrunedModelForImageClassification
 from .slicing_kdfs import host_network, slice_network, write_back
 from .structure_kdfs import read_structure
 from .tracing_kdfs import example_input
-from .trainer_kdfs import DistillationTrainer, KDFSTrainer, check_teacher, first_image
+from .trainer_kdfs import DistillationTrainer, KDFSTrainer, check_teacher, first_image, name_progress
 
 
 logger = logging.get_logger(__name__)
@@ -296,6 +296,7 @@ class KDFSPruner:
         }
         run = _Run(Path(args.output_dir))
         sampler = KDFSTrainer(masked, run.phase_arguments(args, "sampling"), pruning_config, teacher, **common)
+        name_progress(sampler, "choosing filters")
         sampling_steps, tuning_steps = _split_steps(sampler, args, pruning_config.fine_tune_share)
         run.open(self._fingerprint(pruning_config, args, sampling_steps, tuning_steps), sampler)
         self._sample(sampler, masked, run, sampling_steps)
@@ -317,6 +318,7 @@ class KDFSPruner:
                 kd_temperature=pruning_config.kd_temperature,
                 **common,
             )
+            name_progress(tuner, "training the smaller network")
             tuner.train(resume_from_checkpoint=run.last_checkpoint("fine_tuning"))
             self.history += [{"phase": "fine_tuning", **entry} for entry in tuner.state.log_history]
         write_back(masked, pruned)

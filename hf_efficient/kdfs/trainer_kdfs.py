@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer, TrainingArguments
+from transformers import ProgressCallback, Trainer, TrainingArguments
 from transformers.utils import logging
 
 from .configuration_kdfs import KDFSConfig
@@ -45,6 +45,35 @@ def check_teacher(teacher: nn.Module, model: nn.Module) -> None:
             f"`teacher` must have the model's labels in the same order, but label {label} is {named[0].get(label)!r} "
             f"there and {named[1][label]!r} in the model; use a teacher trained on the same classes."
         )
+
+
+class NamedProgress(ProgressCallback):
+    """The Trainer's progress bar with a name before it.
+
+    Args:
+        name (`str`): What the steps are for.
+    """
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Make the bar, and name it."""
+        super().on_train_begin(args, state, control, **kwargs)
+        if self.training_bar is not None:
+            self.training_bar.set_description(self.name)
+
+
+def name_progress(trainer: Trainer, name: str) -> None:
+    """Name the progress bar of a trainer, if it shows one in a terminal.
+
+    Args:
+        trainer ([`~transformers.Trainer`]): Not yet training.
+        name (`str`): What its steps are for.
+    """
+    if trainer.pop_callback(ProgressCallback) is not None:
+        trainer.add_callback(NamedProgress(name))
 
 
 class DistillationTrainer(PushesNoPickles, Trainer):

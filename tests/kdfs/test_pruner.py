@@ -58,6 +58,15 @@ def test_the_target_holds_after_any_number_of_steps(arguments, toy_data, tmp_pat
     assert left == ["out", "training"]
 
 
+def test_the_two_progress_bars_have_names(arguments, toy_data, tmp_path, capsys):
+    args = arguments(max_steps=2, disable_tqdm=False)
+    KDFSPruner.from_pretrained(cifar()).prune(
+        tmp_path / "out", KDFSConfig(target_flops_reduction=0.4), toy_data(), args=args
+    )
+    shown = capsys.readouterr().err
+    assert shown.index("choosing filters: ") < shown.index("training the smaller network: ")
+
+
 def test_distilling_pulls_the_small_network_to_its_teacher(arguments, toy_data, tmp_path):
     data = toy_data(64)
     model = cifar()
