@@ -8,7 +8,6 @@ import shutil
 import tempfile
 import time
 import uuid
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -566,7 +565,14 @@ def _is_whole(checkpoint: Path) -> bool:
                 pass
     except (OSError, ValueError, SafetensorError):
         return False
-    return all(zipfile.is_zipfile(file) for file in (*checkpoint.glob("*.pt"), *checkpoint.glob("*.pth")))
+    return all(_ends_well(file) for file in (*checkpoint.glob("*.pt"), *checkpoint.glob("*.pth")))
+
+
+def _ends_well(file: Path) -> bool:
+    """Whether a file of `torch.save` holds the record with which a zip archive ends; it is not opened as one."""
+    with file.open("rb") as stream:
+        stream.seek(max(0, file.stat().st_size - (1 << 16)))
+        return b"PK\x05\x06" in stream.read()
 
 
 def write_report(folder: Path, report: dict[str, Any]) -> None:
