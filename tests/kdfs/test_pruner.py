@@ -134,23 +134,31 @@ def test_checkpoints_of_an_earlier_run_are_not_taken_up(arguments, toy_data, tmp
     assert [entry["step"] for entry in resumed.history if "loss" in entry] == [1, 2, 1, 2]
 
 
-def test_a_checkpoint_that_was_cut_off_is_passed_over(arguments, toy_data, tmp_path):
-    """The machine went away while a checkpoint was written: the one before it counts."""
+class BreakAtStepThree(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 3:
+            raise KeyboardInterrupt
 
-    class Break(TrainerCallback):
-        def on_step_end(self, args, state, control, **kwargs):
-            if state.global_step == 3:
-                raise KeyboardInterrupt
 
-    def prune(*callbacks):
+@pytest.fixture
+def prune(arguments, toy_data, tmp_path):
+    """Four steps of choosing filters, a checkpoint after each, in the same folders at every call."""
+
+    def run(*callbacks):
         pruner = KDFSPruner.from_pretrained(cifar())
         args = arguments(max_steps=4, save_strategy="steps", save_steps=1)
         config = KDFSConfig(target_flops_reduction=0.4, fine_tune_share=0.0)
         pruner.prune(tmp_path / "out", config, toy_data(24), args=args, callbacks=list(callbacks))
         return pruner
 
+    return run
+
+
+def test_a_checkpoint_that_was_cut_off_is_passed_over(prune, tmp_path):
+    """The machine went away while a checkpoint was written: the one before it counts."""
+
     with pytest.raises(KeyboardInterrupt):
-        prune(Break())
+        prune(BreakAtStepThree())
     last = tmp_path / "training" / "sampling" / "checkpoint-2"
     (last / "trainer_state.json").unlink()
     (last / "optimizer.pt").write_bytes(b"")
@@ -368,22 +376,11 @@ def test_files_of_an_earlier_pruning_do_not_stay(arguments, toy_data, tmp_path):
     assert (out / "notes.txt").read_text() == "earlier"
 
 
-def test_a_damaged_checkpoint_is_passed_over(arguments, toy_data, tmp_path):
+def test_a_damaged_checkpoint_is_passed_over(prune, tmp_path):
     """A full disk or a bad copy leaves a checkpoint whose weights end early."""
 
-    class Break(TrainerCallback):
-        def on_step_end(self, args, state, control, **kwargs):
-            if state.global_step == 3:
-                raise KeyboardInterrupt
-
-    def prune(*callbacks):
-        pruner = KDFSPruner.from_pretrained(cifar())
-        args = arguments(max_steps=4, save_strategy="steps", save_steps=1)
-        config = KDFSConfig(target_flops_reduction=0.4, fine_tune_share=0.0)
-        pruner.prune(tmp_path / "out", config, toy_data(24), args=args, callbacks=list(callbacks))
-
     with pytest.raises(KeyboardInterrupt):
-        prune(Break())
+        prune(BreakAtStepThree())
     sampling = tmp_path / "training" / "sampling"
     assert {path.name for path in sampling.iterdir()} == {"checkpoint-1", "checkpoint-2"}
     expected = {"model.safetensors": str(sampling / "checkpoint-1"), "optimizer.pt": None}
