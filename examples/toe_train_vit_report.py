@@ -120,24 +120,28 @@ def report(args: argparse.Namespace, runs: list[dict], model: PreTrainedModel, m
     table = make_table(args, runs, model)
     for line in [table["columns"], *table["rows"]]:
         print(" | ".join(str(cell) for cell in line))
-    plot_accuracy(runs, table["target"]).savefig(args.results / "accuracy_over_time.png", dpi=120)
+    titled = [run | {"title": WORDS[run["arm"]]} for run in runs]
+    plot_accuracy(titled, table["target"]).savefig(args.results / "accuracy_over_time.png", dpi=120)
     size = {"parameters": model.num_parameters(), "patches": table["patches"]}
     results = {"meta": meta, "dataset": Path(args.dataset).name, **size, "table": table, "runs": runs}
     write_whole(args.results / "results.json", json.dumps(results, indent=1) + "\n")
     return results
 
 
-def choices_table(folder: Path) -> list[dict[str, Any]]:
-    """The trials behind the recipe: run files of other options in `folder/choices/NAME`, judged on held-out rows."""
+def choices_table(folder: Path, main: list[dict]) -> list[dict[str, Any]]:
+    """The trials behind the recipe, from `folder/choices/NAME`, and runs of the chosen one, on held-out rows."""
     runs = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("choices/*/run-*.json"))]
-    rows = []
-    for run in runs:
+    if not runs:
+        return []
+    rows, chosen = [], [run for run in main if run["arm"] in ("full", "toe") and run["seed"] == main[0]["seed"]]
+    for run in runs + chosen:
         recipe, score = run["recipe"], f"{100 * run['validation_accuracy']:.2f}"
         options = [recipe["shift"], recipe["batch_size"], f"{recipe['learning_rate']:g}", recipe["epochs"]]
         rows.append([*options, WORDS[run["arm"]], run["seed"], score])
     columns = ["crop, pixels", "batch", "learning rate", "epochs", "arm", "seed", "validation, %"]
-    note = "One run each, judged on held-out training rows; chosen is the best on the mean of all tokens and ToE."
-    return [{"title": "Trials for the recipe", "columns": columns, "rows": rows, "note": note}] if rows else []
+    note = "One run each, judged on held-out training rows. Chosen is the best on the mean of all tokens and ToE, "
+    note += f"which stands in the last {len(chosen)} rows."
+    return [{"title": "Trials for the recipe", "columns": columns, "rows": rows, "note": note}]
 
 
 USAGE = """from PIL import Image
@@ -188,11 +192,11 @@ def write_checkpoint(args: argparse.Namespace, results: dict[str, Any]) -> None:
             "rows": results["table"]["rows"],
             "note": "Mean ± standard deviation over seeds. Time is process CPU time of the training epochs on one "
             f"thread, data and optimiser included; runs on: {', '.join(machines)}. The yardstick is the time of one "
-            "plain pass, forward and backward, taken around every epoch: a ratio by it holds across machines. "
-            + BOUND,
+            "plain pass, forward and backward, taken around every epoch: a ratio by it holds across machines, and "
+            "where other work on the machine has stretched the CPU time of a run. " + BOUND,
         }
     ]
-    tables += choices_table(args.results)
+    tables += choices_table(args.results, results["runs"])
     extra = sorted(args.results.glob("finetune*/table.json"))  # of toe_finetune_vit.py
     tables += [json.loads(file.read_text(encoding="utf-8")) for file in extra]
     timing = args.results / "timing.json"

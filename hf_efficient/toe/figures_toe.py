@@ -165,7 +165,8 @@ def plot_accuracy(runs: Sequence[dict[str, Any]], target: float | None = None) -
     """Draw accuracy over training time, one line a run, one colour an arm.
 
     Args:
-        runs (`Sequence` of `dict`): With `arm` and `history`, a list of dicts with `cpu_seconds` and `accuracy`.
+        runs (`Sequence` of `dict`): With `arm` and `history`, a list of dicts with `cpu_seconds` and `accuracy`; in
+            the legend an arm is called by its `title`, where there is one.
         target (`float`, *optional*): Accuracy to draw a level line at, in `[0, 1]`.
 
     Returns:
@@ -180,7 +181,7 @@ def plot_accuracy(runs: Sequence[dict[str, Any]], target: float | None = None) -
     for run in runs:
         minutes = [point["cpu_seconds"] / 60 for point in run["history"]]
         accuracy = [100 * point["accuracy"] for point in run["history"]]
-        label = None if run["arm"] in named else run["arm"]
+        label = None if run["arm"] in named else run.get("title", run["arm"])
         axis.plot(minutes, accuracy, color=_COLOURS.get(run["arm"], "#762a83"), label=label, linewidth=1.2)
         named.add(run["arm"])
     if target is not None:

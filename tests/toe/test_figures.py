@@ -93,8 +93,10 @@ def test_patches_must_form_a_square(make_vit):
 
 def test_accuracy_over_time(tmp_path):
     history = [{"cpu_seconds": 60.0 * i, "accuracy": 0.2 * i} for i in range(1, 4)]
-    figure = plot_accuracy([{"arm": arm, "history": history} for arm in ("full", "toe", "toe")], target=0.5)
+    runs = [{"arm": arm, "history": history} for arm in ("full", "toe", "toe")]
+    figure = plot_accuracy([runs[0] | {"title": "all tokens"}, *runs[1:]], target=0.5)
     assert [line.get_xdata()[-1] for line in figure.axes[0].lines[:3]] == [3.0] * 3
+    assert [text.get_text() for text in figure.axes[0].get_legend().get_texts()] == ["all tokens", "toe"]
     figure.savefig(tmp_path / "accuracy.png")
 
 
