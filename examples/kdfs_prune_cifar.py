@@ -68,7 +68,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=1, help="of torch (default: 1; more are slower at this size)")
     parser.add_argument("--bf16", action="store_true", help="bfloat16 autocast; slow on CPUs without avx512_bf16")
     parser.add_argument("--gpu", action="store_true", help="use a GPU where there is one")
-    parser.add_argument("--quiet", action="store_true", help="no progress bars")
+    parser.add_argument("--quiet", action="store_true", help="no progress bars; the losses of every epoch as lines")
     options = parser.parse_args()
     needed = not (options.smoke or options.status)
     if needed and (options.weights is None or (options.data is None and not options.estimate)):

@@ -19,7 +19,7 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
 from importlib import import_module
 from pathlib import Path
@@ -95,27 +95,70 @@ def main(argv: list[str] | None = None) -> int:
     """
     argv = sys.argv[1:] if argv is None else argv
     chosen = argv[0] if argv and argv[0] in _COMMANDS else None
+    title = f"hf-efficient {chosen}" if chosen else "hf-efficient"
     typed: dict[str, str] = {}
-    try:
+
+    def work() -> int:
         command = _load(chosen) if chosen else None
-        parser, typed = _build_parser(chosen, command)
-        arguments = parser.parse_args(argv)
-        _check_json(arguments.json)
-        with _output(arguments.quiet):
-            _import_package().register()
-            report = command.run(arguments)
-        incomplete = report.pop("incomplete", None)
-        _write_report(report, arguments)
+        parser, spelling = _build_parser(chosen, command)
+        typed.update(spelling)
+        return run_command(command, parser.parse_args(argv), title)
+
+    return guard(title, typed, work)
+
+
+def guard(title: str, typed: Mapping[str, str], work: Callable[[], int]) -> int:
+    """Turn wrong input and interruptions into one sentence and an exit code.
+
+    Args:
+        title (`str`): What the sentences begin with, such as `hf-efficient prune`.
+        typed (`Mapping[str, str]`): Name of an argument in Python -> what a user types for it.
+        work (`Callable`): What to do; its exit code is handed on.
+
+    Returns:
+        `int`: Exit code: that of `work`, 2 on wrong input, 130 when interrupted.
+    """
+    try:
+        return work()
     except KeyboardInterrupt:
-        sys.stderr.write("hf-efficient: interrupted\n")
+        sys.stderr.write(f"\n{title}: interrupted\n")
         return 130
     except (ValueError, OSError, ImportError) as error:
         if os.environ.get("HF_EFFICIENT_TRACEBACK"):
             raise
-        sys.stderr.write(f"hf-efficient{' ' + chosen if chosen else ''}: error: {describe(error, typed)}\n")
+        sys.stderr.write(f"{title}: error: {describe(error, typed)}\n")
         return 2
+
+
+def add_output_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add `--json` and `--quiet`.
+
+    Args:
+        parser (`ArgumentParser`): Of a command that [`run_command`] runs.
+    """
+    parser.add_argument("--json", metavar="FILE", help="also write the result as JSON ('-' for standard output)")
+    parser.add_argument("--quiet", action="store_true", help="no progress bars, no messages but errors")
+
+
+def run_command(command: Any, arguments: argparse.Namespace, title: str) -> int:
+    """Run a command and write its result.
+
+    Args:
+        command (`Any`): With `run(arguments) -> dict`.
+        arguments (`Namespace`): Parsed, those of [`add_output_arguments`] among them.
+        title (`str`): What a sentence about unfinished work begins with.
+
+    Returns:
+        `int`: Exit code: 0, or 3 when part of the work is done.
+    """
+    _check_json(arguments.json)
+    with _output(arguments.quiet):
+        _import_package().register()
+        report = command.run(arguments)
+    incomplete = report.pop("incomplete", None)
+    _write_report(report, arguments)
     if incomplete:
-        sys.stderr.write(f"hf-efficient {chosen}: incomplete: {' '.join(incomplete.split())}\n")
+        sys.stderr.write(f"{title}: incomplete: {' '.join(incomplete.split())}\n")
         return 3
     return 0
 
@@ -160,10 +203,7 @@ def _build_parser(chosen: str | None, command: Any) -> tuple[argparse.ArgumentPa
         words = inspect.cleandoc(command.__doc__)
         subparser = subparsers.add_parser(name, help=summary, description=words, formatter_class=raw)
         command.add_arguments(subparser)
-        subparser.add_argument(
-            "--json", metavar="FILE", help="also write the result as JSON ('-' for standard output)"
-        )
-        subparser.add_argument("--quiet", action="store_true", help="no progress bars, no messages but errors")
+        add_output_arguments(subparser)
         typed = subparser.typed
     return parser, typed
 

@@ -171,7 +171,7 @@ def test_a_bug_keeps_its_traceback_and_an_interrupt_ends_quietly(toy, capsys):
     with pytest.raises(RuntimeError, match="a bug"):
         cli.main(["toy", "bug"])
     assert cli.main(["toy", "stop"]) == 130
-    assert capsys.readouterr().err == "hf-efficient: interrupted\n"
+    assert capsys.readouterr().err.strip().endswith(": interrupted")
 
 
 @pytest.mark.parametrize("argv", [[], ["nonsense"], ["toy"], ["toy", "fine", "--frobnicate"], ["--json"]])

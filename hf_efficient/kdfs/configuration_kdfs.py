@@ -17,15 +17,19 @@ def _is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
-def _is_pattern(value: object) -> bool:
-    try:
-        return isinstance(value, str) and re.compile(value) is not None
-    except re.error:
-        return False
+def _is_texts(value: object) -> bool:
+    return value is None or (isinstance(value, (list, tuple)) and all(isinstance(text, str) for text in value))
 
 
-def _is_patterns(value: object) -> bool:
-    return value is None or (isinstance(value, (list, tuple)) and all(map(_is_pattern, value)))
+def _check_patterns(name: str, patterns: list[str] | None) -> None:
+    for pattern in patterns or ():
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(
+                f"`{name}` must be regular expressions, but {pattern!r} is none ({error}); correct it, or put a "
+                "backslash before signs that stand for themselves."
+            ) from error
 
 
 OPEN_SHARE: Rule = ("a number in (0, 1)", lambda value: _is_number(value) and 0 < value < 1)
@@ -34,7 +38,7 @@ POSITIVE: Rule = ("a number above 0", lambda value: _is_number(value) and value 
 WEIGHT: Rule = ("a number of at least 0", lambda value: _is_number(value) and value >= 0)
 NUMBER: Rule = ("a number", _is_number)
 COUNT: Rule = ("an integer of at least 1", _is_count)
-PATTERNS: Rule = ("None or a list of regular expressions", _is_patterns)
+PATTERNS: Rule = ("None or a list of regular expressions", _is_texts)
 
 RULES: dict[str, Rule] = {
     "target_flops_reduction": OPEN_SHARE,
@@ -141,6 +145,8 @@ class KDFSConfig(BaseConfig):
             value = getattr(self, name)
             if not holds(value):
                 raise ValueError(f"`{name}` must be {rule}, but is {value!r}; give another value.")
+        for name in ("include_layers", "exclude_layers"):
+            _check_patterns(name, getattr(self, name))
 
     @property
     def keep_share(self) -> float:

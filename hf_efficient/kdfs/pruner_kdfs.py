@@ -268,9 +268,9 @@ class KDFSPruner:
             `Path`: `save_directory`.
 
         Raises:
-            ValueError: If the target cannot be reached, the network has no convolutions, rows lack labels, the
-                folder cannot be written or holds the network itself, or another run was interrupted in
-                `args.output_dir`.
+            ValueError: If the target cannot be reached, the network has no convolutions, rows lack labels or are
+                of another data type, the folder cannot be written or holds the network itself, or another run was
+                interrupted in `args.output_dir`.
         """
         if not isinstance(pruning_config, KDFSConfig):
             kind = type(pruning_config).__name__
@@ -281,7 +281,14 @@ class KDFSPruner:
         save_directory = Path(save_directory)
         check_folder(save_directory, "`save_directory`")
         check_no_source(save_directory, {"`model`": self.model, "`teacher`": self.teacher}, "`save_directory`")
-        input_shape = tuple(first_image(train_dataset).shape)
+        image = first_image(train_dataset)
+        dtype = next((weight.dtype for weight in self.model.parameters()), image.dtype)
+        if image.dtype != dtype and not (args is not None and (args.bf16 or args.fp16)):
+            raise ValueError(
+                f"`train_dataset` must yield `pixel_values` in the model's {dtype}, but they are {image.dtype}; load "
+                "the model in float32 (TrainingArguments(bf16=True) trains it in mixed precision), or cast the rows."
+            )
+        input_shape = tuple(image.shape)
         args = args or self._default_arguments(save_directory)
         self.processing_class = processing_class or self.processing_class
         masked = self._mask(pruning_config, input_shape)

@@ -117,8 +117,19 @@ class DistillationTrainer(PushesNoPickles, Trainer):
 
         Returns:
             `torch.FloatTensor` without axes, or a tuple of it and the output.
+
+        Raises:
+            ValueError: If a label is none of the model's.
         """
-        output = model(pixel_values=inputs["pixel_values"], labels=inputs["labels"])
+        try:
+            output = model(pixel_values=inputs["pixel_values"], labels=inputs["labels"])
+        except IndexError as error:  # of the cross entropy; a GPU reports it later and in its own way
+            if "Target" not in str(error):
+                raise
+            raise ValueError(
+                f"`labels` must be numbers of the model's classes, but one row is none of them ({error}); leave it "
+                "out, or take a model that was trained on these classes."
+            ) from error
         parts = {"cross_entropy": output.loss}
         if model.training:
             parts.update(self.extra_losses(output, inputs["pixel_values"]))

@@ -4,7 +4,6 @@ Installed under that name by `package_dir` in setup.py, so neither torch nor the
 """
 
 import inspect
-import os
 import sys
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 
@@ -22,29 +21,24 @@ class KDFSCommand(BaseOptimumCLICommand):
             parser (`ArgumentParser`): Parser of `optimum-cli prune kdfs`.
         """
         if "prune" in sys.argv[1:2]:  # another command must not wait for this package
+            from hf_efficient.cli import add_output_arguments
             from hf_efficient.kdfs.commands_kdfs import Prune
 
             parser.description = inspect.cleandoc(Prune.__doc__)
             parser.formatter_class = RawDescriptionHelpFormatter
             Prune.add_arguments(parser, method=False)
+            add_output_arguments(parser)
 
     def run(self) -> None:
         """Prune; wrong input ends with one sentence and exit code 2, an interruption with 130."""
-        from hf_efficient.cli import describe
+        from hf_efficient.cli import guard, run_command
         from hf_efficient.kdfs.commands_kdfs import Prune
 
+        title = "optimum-cli prune kdfs"
         typed = {name: f"--{name.replace('_', '-')}" for name in vars(self.args)}
-        try:
-            report = Prune.run(self.args)
-        except (ValueError, OSError, ImportError) as error:
-            if os.environ.get("HF_EFFICIENT_TRACEBACK"):
-                raise
-            sys.stderr.write(f"optimum-cli prune kdfs: error: {describe(error, typed)}\n")
-            sys.exit(2)
-        except KeyboardInterrupt:
-            sys.stderr.write("\noptimum-cli prune kdfs: interrupted\n")
-            sys.exit(130)
-        sys.stdout.write(report["text"] + "\n")
+        code = guard(title, typed, lambda: run_command(Prune, self.args, title))
+        if code:
+            sys.exit(code)
 
 
 class PruneCommand(BaseOptimumCLICommand):

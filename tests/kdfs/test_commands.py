@@ -80,7 +80,7 @@ def test_prune(material, tmp_path, capsys):
         (["--epochs", "0"], "--epochs must be above 0, but is 0"),
         (["--max-steps", "0"], "--max-steps must be at least 1, but is 0"),
         (["--batch-size", "0"], "--batch-size must be at least 1, but is 0"),
-        (["--include-layers", "conv("], "must be None or a list of regular expressions, but is ['conv(']"),
+        (["--include-layers", "conv("], "must be regular expressions, but 'conv(' is none (missing ), unterminated"),
         (["--seed", "-1"], "--seed must be at least 0, but is -1"),
         (["--learning-rate", "0"], "--learning-rate must be above 0, but is 0"),
         (["--model", "nowhere"], "--model nowhere is no folder here and no Hub id that could be loaded"),
@@ -281,9 +281,10 @@ def test_the_same_command_of_optimum(material, tmp_path):
     wrong = run_optimum("--target-flops-reduction", "0.99")
     assert wrong.returncode == 2
     assert "must be at most 0." in wrong.stderr.splitlines()[-1]
-    done = run_optimum("--target-flops-reduction", "0.4", "--onnx")
+    done = run_optimum("--target-flops-reduction", "0.4", "--onnx", "--json", "report.json")
     assert done.returncode == 0, done.stderr
     assert "filters before" in done.stdout
+    assert json.loads((tmp_path / "report.json").read_text())["flops"]["reduction"] == pytest.approx(0.4, abs=0.01)
     report = json.loads((tmp_path / "out" / "kdfs_report.json").read_text())
     assert abs(report["flops"]["reduction"] - 0.4) < 0.01
     assert {"model.onnx", "widths.png", "model.safetensors"} <= {path.name for path in (tmp_path / "out").iterdir()}

@@ -228,6 +228,13 @@ def test_a_teacher_with_other_labels_is_refused(arguments, toy_data):
         KDFSTrainer(ours, arguments(), KDFSConfig(), theirs, train_dataset=toy_data())
 
 
+def test_a_label_the_model_lacks_is_refused(arguments):
+    rows = [{"pixel_values": torch.zeros(3, 8, 8), "labels": label} for label in (0, 1, 2, 12)]
+    trainer = KDFSTrainer(cifar(), arguments(), KDFSConfig(), train_dataset=rows)
+    with pytest.raises(ValueError, match=r"`labels` must be numbers of the model's classes.*Target 12"):
+        trainer.train()
+
+
 @pytest.mark.parametrize(
     ("rows", "message"),
     [(None, "is None"), ([], "is empty"), ([{"pixel_values": torch.zeros(3, 8, 8)}], r"hold \['pixel_values'\]")],
@@ -247,12 +254,16 @@ def test_a_dataset_without_labels_is_refused(arguments, rows, message):
         ("min_filters", 0),
         ("round_to", 1.5),
         ("include_layers", "conv"),
-        ("exclude_layers", ["layer(1"]),
     ],
 )
 def test_settings_outside_their_range(field, value):
     with pytest.raises(ValueError, match=rf"`{field}` must be .* but is {re.escape(repr(value))}"):
         KDFSConfig(**{field: value})
+
+
+def test_a_pattern_that_is_none_is_refused_with_its_fault():
+    with pytest.raises(ValueError, match=r"`exclude_layers` must be .*'layer\(1' is none \(missing \)"):
+        KDFSConfig(exclude_layers=["fc", "layer(1"])
 
 
 def test_unknown_settings_are_refused(tmp_path):
