@@ -1,16 +1,14 @@
 """Train the dense LLaVA of `dynamic_llava_easy_vqa.py` from scratch: tower, projector, whole model.
 
 1. The CLIP-type tower learns shape and colour of the training images (as far as their own questions tell them), read
-   from each patch that shows a piece of the shape. Most steps see only 20 of the 64 patches, which is three times
-   cheaper.
+   from each patch that shows a piece of the shape. Most steps see 20 of the 64 patches, at a third of the cost.
 2. The projector learns to turn each patch into the sum of the word embeddings of its shape and colour (the first stage
    of LLaVA), and every attention layer starts with equal query and key weights, so that a word looks at patches that
-   resemble it. Without the two, "is there a blue shape?" is not learned: 82 % of such answers can be guessed from the
-   question, and the model stays there.
+   resemble it. Without the two the model stays at the 82 % that can be guessed from such questions.
 3. The stock `LlavaForConditionalGeneration` learns to answer, six questions of an image in one row. A block mask lets
    each question see the image and itself, so that a row costs little more than one question and no answer gives
-   another away. Yes and no are made equally frequent for each wording, and right after a shape or colour is named the
-   model is also asked whether the image shows it. The tower stays as it is.
+   another away. Yes and no are made equally frequent for each wording, and right after a shape or colour is named it
+   is asked whether the image shows it. The tower stays as it is.
 
 The last 400 training images are held out of both; every choice here was made on them.
 
@@ -53,6 +51,8 @@ from transformers import (
     set_seed,
 )
 from transformers.trainer_utils import get_last_checkpoint
+
+from hf_efficient.results import write_whole
 
 
 TRAIN_IMAGES = 3600  # of 4,000; the rest is held out
@@ -187,7 +187,7 @@ def fit(trainer: Trainer) -> float:
     trainer.train(resume_from_checkpoint=last)  # after the last step this only loads: the rate is 0
     timing = folder / "seconds.json"
     if not timing.exists():
-        timing.write_text(json.dumps((time.time() - start) * trainer.args.max_steps / max(1, steps_left)))
+        write_whole(timing, json.dumps((time.time() - start) * trainer.args.max_steps / max(1, steps_left)))
     return json.loads(timing.read_text())
 
 
@@ -231,7 +231,7 @@ def pretrain(output: Path, data: EasyVQA, processor: LlavaProcessor, steps: tupl
     record["llava_seconds"] = fit(Trainer(model, settings, train_dataset=images, data_collator=collate))
     model.save_pretrained(output / "dense")
     processor.save_pretrained(output / "dense")
-    record_file.write_text(json.dumps(record, indent=1))
+    write_whole(record_file, json.dumps(record, indent=1))
     return record
 
 

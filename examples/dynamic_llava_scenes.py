@@ -24,7 +24,7 @@ from transformers import CLIPVisionModel, LlavaForConditionalGeneration, Trainer
 from transformers.trainer_utils import get_last_checkpoint
 
 from hf_efficient import DynamicLlavaForConditionalGeneration, DynamicLlavaTrainer, DynamicLlavaTrainingArguments
-from hf_efficient.results import run_meta
+from hf_efficient.results import run_meta, write_whole
 
 
 TOWER = {"steps": 1200, "batch": 32, "rate": 1.5e-3}
@@ -91,7 +91,7 @@ def keep(folder, model, record):
     """Save the weights in fp16, the form in which they are measured and shipped, and what the run was."""
     half = folder / "weights.tmp"
     model.half().save_pretrained(half)
-    (folder / "record.json").write_text(json.dumps(record))
+    write_whole(folder / "record.json", json.dumps(record))
     half.rename(folder / "weights")
 
 
@@ -106,7 +106,7 @@ def train_dense(output, processor, tower_steps=None, dense_steps=None):
         with torch.no_grad():
             right = model.eval()(**data.collate([data[i] for i in range(len(data))]))["right"].tolist()
         record["held_out_right"] = dict(zip(("rank", "size", "colour", "shape", "field", "next field"), right))
-        (folder / "record.json").write_text(json.dumps(record))
+        write_whole(folder / "record.json", json.dumps(record))
         torch.save(model.tower.state_dict(), folder / "tower.tmp")
         (folder / "tower.tmp").rename(folder / "tower.pt")
         print("tower", record["seconds"], record["held_out_right"], flush=True)
@@ -165,8 +165,7 @@ def measure(output, processor, name, scenes, random_rate=None):
         found = evaluate_scenes(load(name, weights, random_rate), processor, scenes)
         found["seconds"] = round(time.perf_counter() - start, 1)
         path.parent.mkdir(exist_ok=True)
-        path.with_suffix(".tmp").write_text(json.dumps(found))
-        path.with_suffix(".tmp").rename(path)
+        write_whole(path, json.dumps(found))
     found = json.loads(path.read_text())
     summary = summarise(found)
     rounded = {key: [round(value, 4) for value in values] for key, values in summary.items()}
