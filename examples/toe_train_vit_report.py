@@ -112,6 +112,10 @@ def make_table(args: argparse.Namespace, runs: list[dict], model: PreTrainedMode
         )
         figures[arm] = {"speedup": ratios[0], "speedup_by_yardstick": ratios[1], "bound": bound}
         figures[arm]["share_of_bound"] = ratios[0] / bound if ratios[0] else None
+        for name in ("validation_accuracy", "test_accuracy"):
+            values = [run[name] for run in members if name in run]
+            figures[arm] |= {name: statistics.mean(values)} if values else {}
+            figures[arm] |= {f"{name}_deviation": statistics.stdev(values)} if len(values) > 1 else {}
     return {"columns": columns, "rows": rows, "figures": figures, "target": target, "patches": patches}
 
 
