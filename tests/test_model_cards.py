@@ -130,7 +130,8 @@ for name, (classes, trust) in cases.items():
         loaded = getattr(transformers, auto).from_pretrained(folder / name, **kwargs)
         if auto.startswith("AutoModel"):
             loaded, info = loaded
-            assert not info["missing_keys"], (name, auto, info)
+            missing = {key for key in info["missing_keys"] if not key.startswith("pooler.")}  # no part of a classifier
+            assert not missing, (name, auto, info)
             assert auto == "AutoModel" or not info["unexpected_keys"], (name, auto, info)
             home = "transformers_modules" if trust else "transformers."
             assert type(loaded).__module__.startswith(home), type(loaded)

@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageClassification, AutoModelForImageTextToText, AutoProcessor
 
 from hf_efficient import Pix2PixModel
 from hf_efficient.results import read_results
+from hf_efficient.toe import speedup_bound
 
 
 pytestmark = pytest.mark.slow
@@ -58,3 +59,16 @@ def test_pix2pix_has_as_many_parameters():
     model = Pix2PixModel.from_pretrained(CARDS / "pix2pix-cartoon2photo")
     assert model.num_parameters() == results["details"]["parameters"]
     assert f"{model.num_parameters() / 1e6:.1f} M parameters" in results["summary"]
+
+
+def test_toe_has_as_many_parameters_and_the_same_bound():
+    """The images are not free to ship; what the schedule allows follows from the checkpoint alone."""
+    results = read_results(CARDS / "vit-toe-cifar10")
+    model = AutoModelForImageClassification.from_pretrained(CARDS / "vit-toe-cifar10")
+    assert f"{model.num_parameters() / 1e6:.1f} M parameters" in results["summary"]
+    figures = results["details"]["figures"]["toe"]
+    patches = (model.config.image_size // model.config.patch_size) ** 2
+    assert f"{patches} tokens" in results["summary"]
+    assert speedup_bound(model, patches)[0] == pytest.approx(figures["bound"], rel=1e-9)
+    seconds = {arm: sum(run["cpu_seconds"] for run in results["runs"] if run["arm"] == arm) for arm in ("full", "toe")}
+    assert seconds["full"] / seconds["toe"] == pytest.approx(figures["speedup"], rel=1e-9)
