@@ -16,7 +16,8 @@ images.
 
 A run that was cut off goes on from its last checkpoint in OUTPUT (one per epoch). A finished one is a file of a few kB
 in RESULTS, with the weights that other runs and the card need; that folder can be moved to another machine, and what
-it holds is not repeated. `--status` lists what is done, half done and missing, with core-hours.
+it holds is not repeated. `--status` lists what is done, half done and missing, with core-hours. Trials of other
+recipes, made without `--final` and copied to RESULTS/choices/NAME/, get into the card.
 Expected with `--final`: ResNet-20 at -50 % within 1.0 point of the dense network trained for the same epochs.
 """  # noqa: E501 - commands to copy
 
@@ -57,14 +58,14 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--weight-decay", type=float, default=1e-2)
-    parser.add_argument("--fine-tune-share", type=float, default=0.5)
+    parser.add_argument("--fine-tune-share", type=float, default=0.75)
     parser.add_argument("--mask-learning-rate", type=float, default=2e-2)
     parser.add_argument("--keep-margin", type=float, default=2.0)
     parser.add_argument("--importance-spread", type=float, default=1.0)
     parser.add_argument("--reconstruction-weight", type=float, default=1000.0)
-    parser.add_argument("--flops-weight", type=float, default=10000.0)
-    parser.add_argument("--kd-weight", type=float, default=1.0)
-    parser.add_argument("--kd-temperature", type=float, default=3.0)
+    parser.add_argument("--flops-weight", type=float, default=300.0)
+    parser.add_argument("--kd-weight", type=float, default=4.0)
+    parser.add_argument("--kd-temperature", type=float, default=4.0)
     parser.add_argument("--threads", type=int, default=1, help="of torch (default: 1; more are slower at this size)")
     parser.add_argument("--bf16", action="store_true", help="bfloat16 autocast; slow on CPUs without avx512_bf16")
     parser.add_argument("--gpu", action="store_true", help="use a GPU where there is one")
@@ -157,7 +158,8 @@ def main() -> None:
     if options.card and left:
         print(f"no card: {left} runs are left")
     elif options.card:
-        print("wrote", write_checkpoint(options.card, results.weights("kdfs", 0), document))
+        choices = results.folder.parent / "choices"
+        print("wrote", write_checkpoint(options.card, results.weights("kdfs", 0), document, choices))
 
 
 if __name__ == "__main__":

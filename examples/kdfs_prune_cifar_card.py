@@ -1,5 +1,6 @@
 """Summary of the runs and checkpoint folder of `kdfs_prune_cifar.py`."""
 
+import json
 import shutil
 import statistics
 import tempfile
@@ -7,6 +8,7 @@ from pathlib import Path
 
 from kdfs_prune_cifar_arms import ARMS
 from kdfs_prune_cifar_data import MEAN, STD
+from kdfs_prune_cifar_runs import RECIPE
 from transformers import ViTImageProcessor
 
 from hf_efficient import KDFSPrunedModelForImageClassification
@@ -125,7 +127,26 @@ def tables(runs: list[dict], summary: list[dict], judged_on: str) -> list[dict]:
     ]
 
 
-def write_checkpoint(folder: Path, source: Path, results: dict) -> Path:
+def choices_table(folder: Path) -> list[dict]:
+    """The trials behind the recipe, runs without `--final` that lie in `folder/NAME/`: what differs, and accuracy."""
+    runs = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("*/*.json"))]
+    if not runs:
+        return []
+    names = [name for name in RECIPE if len({run["recipe"][name] for run in runs}) > 1]
+    rows = [
+        [run["title"], *(f"{run['recipe'][name]:g}" for name in names), f"{100 * run['accuracy']:.2f}"]
+        for run in sorted(runs, key=lambda run: -run["accuracy"])
+    ]
+    given = f"{100 * runs[0]['teacher_accuracy']:.2f}"
+    note = (
+        f"One run of {runs[0]['epochs']:g} epochs each, judged on {runs[0]['images']:,} training rows held out. The "
+        f"network that all start from has seen these rows ({given} %): the figures serve to choose, for nothing else."
+    )
+    columns = ["network", *(name.replace("_", " ") for name in names), "accuracy, %"]
+    return [{"title": "Trials for the recipe", "columns": columns, "rows": rows, "note": note}]
+
+
+def write_checkpoint(folder: Path, source: Path, results: dict, choices: Path) -> Path:
     """Weights as measured, image processor, picture of the widths, `results.json` and card; whole or not at all."""
     runs = results["runs"]
     own = next(run for run in runs if run["arm"] == "kdfs" and run["seed"] == 0)
@@ -156,7 +177,7 @@ def write_checkpoint(folder: Path, source: Path, results: dict) -> Path:
             "pipeline_tag": "image-classification",
             "tags": ["kdfs", "pruning", "resnet"],
             "usage": USAGE,
-            "tables": tables(runs, results["summary"], results["judged_on"]),
+            "tables": tables(runs, results["summary"], results["judged_on"]) + choices_table(choices),
             "pictures": [{"file": "widths.png", "caption": "Filters of every convolution before and after."}],
             "metrics": [
                 {
