@@ -109,7 +109,7 @@ def work(options: argparse.Namespace, output: Path, results: Results) -> int:
         with claim(folder) as mine:
             done = results.load(name, seed)
             if done is not None:
-                check_recipe(done, recipe(options, arm.depth), results.folder)
+                check_recipe(done, recipe(options, arm), results.folder)
                 continue
             if not mine or (arm.kind == "scratch" and results.load("kdfs", seed) is None):
                 print(f"{name} seed {seed}: " + ("needs kdfs first" if mine else "another process is at it"))

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from kdfs_prune_cifar_data import Images, accuracy, collate
 from kdfs_prune_cifar_networks import SHAPE, folded, fresh_network, random_network, taylor_network
-from kdfs_prune_cifar_runs import CpuClock, Results, begin_run, recipe
+from kdfs_prune_cifar_runs import CpuClock, Results, begin_run, epochs_of, recipe
 from transformers import TrainingArguments, set_seed
 
 from hf_efficient import KDFSConfig, KDFSPrunedModelForImageClassification, KDFSPruner, count_flops
@@ -60,7 +60,7 @@ def arguments(folder: Path, options: Any, depth: int, seed: int) -> TrainingArgu
     """The same for every arm: what differs is the network, not the schedule."""
     return TrainingArguments(
         output_dir=str(folder / "training"),
-        num_train_epochs=recipe(options, depth)["epochs"],
+        num_train_epochs=epochs_of(options, depth),
         per_device_train_batch_size=options.batch_size,
         learning_rate=options.learning_rate,
         weight_decay=options.weight_decay,
@@ -154,7 +154,7 @@ def run_arm(
 ) -> dict:
     """One run: train, evaluate, measure, keep its result."""
     arm = ARMS[name]
-    begin_run(folder, name, seed, recipe(options, arm.depth))
+    begin_run(folder, name, seed, recipe(options, arm))
     set_seed(seed)
     clock = CpuClock(folder / "cpu_seconds.json")
     extra: dict[str, Any] = {}
@@ -173,7 +173,7 @@ def run_arm(
         "arm": name,
         "title": arm.title,
         "seed": seed,
-        "epochs": recipe(options, arm.depth)["epochs"],
+        "epochs": epochs_of(options, arm.depth),
         "accuracy": accuracy(model, held_out),
         "teacher_accuracy": accuracy(teacher, held_out),
         "images": len(held_out),
@@ -182,7 +182,7 @@ def run_arm(
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "latency_seconds": latency,
         "threads": torch.get_num_threads(),
-        "recipe": recipe(options, arm.depth),
+        "recipe": recipe(options, arm),
         "meta": options.meta,
         "core_hours": clock.seconds() / 3600,
         **extra,

@@ -132,11 +132,12 @@ def choices_table(folder: Path) -> list[dict]:
     runs = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("*/*.json"))]
     if not runs:
         return []
-    names = [name for name in RECIPE if len({run["recipe"][name] for run in runs}) > 1]
-    rows = [
-        [run["title"], *(f"{run['recipe'][name]:g}" for name in names), f"{100 * run['accuracy']:.2f}"]
-        for run in sorted(runs, key=lambda run: -run["accuracy"])
-    ]
+    names = [name for name in RECIPE if len({run["recipe"].get(name) for run in runs} - {None}) > 1]
+    rows = []
+    for run in sorted(runs, key=lambda run: -run["accuracy"]):
+        own = run["recipe"]
+        settings = [f"{own[name]:g}" if name in own else "" for name in names]
+        rows.append([run["title"], *settings, f"{100 * run['accuracy']:.2f}"])
     given = f"{100 * runs[0]['teacher_accuracy']:.2f}"
     note = (
         f"One run of {runs[0]['epochs']:g} epochs each, judged on {runs[0]['images']:,} training rows held out. The "

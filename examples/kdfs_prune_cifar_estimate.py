@@ -13,7 +13,7 @@ import torch
 from kdfs_prune_cifar_arms import ARMS, Arm, arguments, kdfs_config
 from kdfs_prune_cifar_data import Images, collate
 from kdfs_prune_cifar_networks import folded, load_teacher, random_network
-from kdfs_prune_cifar_runs import recipe
+from kdfs_prune_cifar_runs import epochs_of
 from transformers import Trainer, TrainerCallback
 
 from hf_efficient import KDFSTrainer
@@ -81,7 +81,7 @@ def estimate(options: Any) -> dict[str, float]:
             kinds[kind] = arm_seconds(arm, load_teacher(options.weights, arm.depth, options.smoke), data, options)
         sampling, training = kinds[kind]
         share = 1 - options.fine_tune_share if arm.kind == "kdfs" else 0.0
-        steps = -(-rows // options.batch_size) * recipe(options, arm.depth)["epochs"]
+        steps = -(-rows // options.batch_size) * epochs_of(options, arm.depth)
         hours[name] = steps * (share * sampling + (1 - share) * training) / 3600
         total += arm.seeds * hours[name]
         print(

@@ -18,21 +18,17 @@ from hf_efficient.results import write_whole
 
 
 WEIGHTS = ("config.json", "model.safetensors", "kdfs_config.json")
-RECIPE = (
-    "epochs",
-    "batch_size",
-    "learning_rate",
-    "weight_decay",
+TRAINING = ("epochs", "batch_size", "learning_rate", "weight_decay", "bf16")
+DISTILLATION = ("kd_weight", "kd_temperature")
+MASKS = (
     "fine_tune_share",
     "mask_learning_rate",
     "keep_margin",
     "importance_spread",
     "reconstruction_weight",
     "flops_weight",
-    "kd_weight",
-    "kd_temperature",
-    "bf16",
 )
+RECIPE = TRAINING + DISTILLATION + MASKS
 
 
 class Results:
@@ -74,10 +70,19 @@ class Results:
         write_whole(self.folder / f"{name}.json", json.dumps(result, indent=1) + "\n")
 
 
-def recipe(options: Any, depth: int) -> dict[str, Any]:
-    """What must be equal for two runs to be compared."""
-    values = {name: getattr(options, name) for name in RECIPE}
-    return {**values, "epochs": options.epochs or (20.0 if depth == 20 else 10.0)}
+def epochs_of(options: Any, depth: int) -> float:
+    """Epochs in all of a run."""
+    return options.epochs or (20.0 if depth == 20 else 10.0)
+
+
+def recipe(options: Any, arm: Any) -> dict[str, Any]:
+    """What must be equal for two runs of an arm to be compared: the options that it uses."""
+    names = TRAINING
+    if arm.distil or arm.kind == "scratch":  # which takes the shape that KDFS has found
+        names += DISTILLATION
+    if arm.kind in ("kdfs", "scratch"):
+        names += MASKS
+    return {name: getattr(options, name) for name in names} | {"epochs": epochs_of(options, arm.depth)}
 
 
 def check_recipe(result: dict[str, Any], expected: dict[str, Any], folder: Path) -> None:

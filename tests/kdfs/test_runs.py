@@ -55,6 +55,33 @@ def test_another_recipe_is_refused(runs, tmp_path):
         runs.check_recipe(result(), {"epochs": 5.0}, tmp_path)
 
 
+def test_a_recipe_holds_the_options_that_the_arm_uses(runs):
+    options = SimpleNamespace(**dict.fromkeys(runs.RECIPE, 1.0))
+    dense = SimpleNamespace(kind="dense", depth=20, distil=False)
+    assert set(runs.recipe(options, dense)) == set(runs.TRAINING)
+    assert set(runs.recipe(options, SimpleNamespace(kind="torch_pruning", depth=20, distil=True))) == {
+        *runs.TRAINING,
+        *runs.DISTILLATION,
+    }
+    assert set(runs.recipe(options, SimpleNamespace(kind="scratch", depth=20, distil=False))) == set(runs.RECIPE)
+    options.epochs = None
+    assert runs.recipe(options, dense)["epochs"] == 20.0
+
+
+def test_trials_for_the_recipe_become_a_table(runs, tmp_path):
+    card = importlib.import_module("kdfs_prune_cifar_card")
+    assert card.choices_table(tmp_path) == []
+    common = {"title": "KDFS", "images": 5000, "epochs": 6.0, "teacher_accuracy": 0.9}
+    for name, kd, accuracy in (("a", 1.0, 0.8), ("b", 4.0, 0.85)):
+        (tmp_path / name).mkdir()
+        run = common | {"recipe": {"epochs": 6.0, "kd_weight": kd}, "accuracy": accuracy}
+        (tmp_path / name / "kdfs-0.json").write_text(json.dumps(run))
+    (table,) = card.choices_table(tmp_path)
+    assert table["columns"] == ["network", "kd weight", "accuracy, %"]
+    assert table["rows"] == [["KDFS", "4", "85.00"], ["KDFS", "1", "80.00"]]
+    assert "90.00 %" in table["note"]
+
+
 def test_a_half_done_run_goes_on_with_its_recipe_only(runs, tmp_path):
     runs.begin_run(tmp_path / "kdfs-0", "kdfs", 0, {"epochs": 20.0})
     runs.begin_run(tmp_path / "kdfs-0", "kdfs", 0, {"epochs": 20.0})
