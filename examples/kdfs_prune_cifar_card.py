@@ -129,7 +129,7 @@ def tables(runs: list[dict], summary: list[dict], judged_on: str) -> list[dict]:
 
 def choices_table(folder: Path) -> list[dict]:
     """The trials behind the recipe, runs without `--final` that lie in `folder/NAME/`: what differs, and accuracy."""
-    runs = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("*/*.json"))]
+    runs = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("*/*-[0-9]*.json"))]
     if not runs:
         return []
     names = [name for name in RECIPE if len({run["recipe"].get(name) for run in runs} - {None}) > 1]
