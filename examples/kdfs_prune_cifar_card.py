@@ -8,7 +8,7 @@ from pathlib import Path
 
 from kdfs_prune_cifar_arms import ARMS
 from kdfs_prune_cifar_data import MEAN, STD
-from kdfs_prune_cifar_runs import RECIPE
+from kdfs_prune_cifar_runs import RECIPE, options_of
 from transformers import ViTImageProcessor
 
 from hf_efficient import KDFSPrunedModelForImageClassification
@@ -132,10 +132,11 @@ def choices_table(folder: Path) -> list[dict]:
     runs = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("*/*-[0-9]*.json"))]
     if not runs:
         return []
-    names = [name for name in RECIPE if len({run["recipe"].get(name) for run in runs} - {None}) > 1]
+    runs.sort(key=lambda run: -run["accuracy"])
+    used = [{name: run["recipe"][name] for name in options_of(ARMS[run["arm"]])} for run in runs]
+    names = [name for name in RECIPE if len({own[name] for own in used if name in own}) > 1]
     rows = []
-    for run in sorted(runs, key=lambda run: -run["accuracy"]):
-        own = run["recipe"]
+    for run, own in zip(runs, used):
         settings = [f"{own[name]:g}" if name in own else "" for name in names]
         rows.append([run["title"], *settings, f"{100 * run['accuracy']:.2f}"])
     given = f"{100 * runs[0]['teacher_accuracy']:.2f}"

@@ -75,14 +75,17 @@ def epochs_of(options: Any, depth: int) -> float:
     return options.epochs or (20.0 if depth == 20 else 10.0)
 
 
-def recipe(options: Any, arm: Any) -> dict[str, Any]:
-    """What must be equal for two runs of an arm to be compared: the options that it uses."""
+def options_of(arm: Any) -> tuple[str, ...]:
+    """Names of the options that an arm uses."""
     names = TRAINING
     if arm.distil or arm.kind == "scratch":  # which takes the shape that KDFS has found
         names += DISTILLATION
-    if arm.kind in ("kdfs", "scratch"):
-        names += MASKS
-    return {name: getattr(options, name) for name in names} | {"epochs": epochs_of(options, arm.depth)}
+    return names + MASKS if arm.kind in ("kdfs", "scratch") else names
+
+
+def recipe(options: Any, arm: Any) -> dict[str, Any]:
+    """What must be equal for two runs of an arm to be compared."""
+    return {name: getattr(options, name) for name in options_of(arm)} | {"epochs": epochs_of(options, arm.depth)}
 
 
 def check_recipe(result: dict[str, Any], expected: dict[str, Any], folder: Path) -> None:

@@ -71,14 +71,21 @@ def test_a_recipe_holds_the_options_that_the_arm_uses(runs):
 def test_trials_for_the_recipe_become_a_table(runs, tmp_path):
     card = importlib.import_module("kdfs_prune_cifar_card")
     assert card.choices_table(tmp_path) == []
-    common = {"title": "KDFS", "images": 5000, "epochs": 6.0, "teacher_accuracy": 0.9}
+    common = {
+        "arm": "torch_pruning_kd",
+        "title": "Torch-Pruning",
+        "images": 5000,
+        "epochs": 6.0,
+        "teacher_accuracy": 0.9,
+    }
     for name, kd, accuracy in (("a", 1.0, 0.8), ("b", 4.0, 0.85)):
         (tmp_path / name).mkdir()
-        run = common | {"recipe": {"epochs": 6.0, "kd_weight": kd}, "accuracy": accuracy}
-        (tmp_path / name / "kdfs-0.json").write_text(json.dumps(run))
+        settings = dict.fromkeys(runs.RECIPE, 6.0) | {"kd_weight": kd, "flops_weight": 100 * accuracy}  # not used
+        run = common | {"recipe": settings, "accuracy": accuracy}
+        (tmp_path / name / "torch_pruning_kd-0.json").write_text(json.dumps(run))
     (table,) = card.choices_table(tmp_path)
     assert table["columns"] == ["network", "kd weight", "accuracy, %"]
-    assert table["rows"] == [["KDFS", "4", "85.00"], ["KDFS", "1", "80.00"]]
+    assert table["rows"] == [["Torch-Pruning", "4", "85.00"], ["Torch-Pruning", "1", "80.00"]]
     assert "90.00 %" in table["note"]
 
 
