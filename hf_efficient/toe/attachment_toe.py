@@ -227,6 +227,12 @@ class ToEAttachment:
             self._handles.append(self.site.middle_positions.register_forward_hook(self.after_middle_positions))
         return self
 
+    @property
+    def in_place(self) -> bool:
+        """`bool`: Whether the hook before the layer is there; another attachment to the same model removes it."""
+        layer = self.site.layers[self.expansion.config.after_layer]
+        return any(_owner(hook) is self for hook in layer._forward_pre_hooks.values())
+
     def detach(self) -> None:
         """Remove the hooks; a second call does nothing."""
         self.armed = False

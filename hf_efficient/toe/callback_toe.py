@@ -1,26 +1,16 @@
 """ToE for transformers' Trainer: `Trainer(..., callbacks=[ToECallback()])` and nothing else."""
 
+import sys
 import time
 from typing import Any
 
 from torch import nn
-from transformers import (
-    PreTrainedModel,
-    Trainer,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-)
-from transformers.utils import logging
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from .attachment_toe import ToEAttachment, detach, reset_compiler
 from .configuration_toe import ToEConfig, check_config
 from .expansion_toe import TokenExpansion
-from .resume_toe import forget_names, reads_saved_names, translate_names
-
-
-logger = logging.get_logger(__name__)
+from .resume_toe import forget_names, reads_saved_names, renames_on_saving, translate_names
 
 
 class ToECallback(TrainerCallback):
@@ -80,10 +70,11 @@ class ToECallback(TrainerCallback):
 
     @staticmethod
     def detach(model: nn.Module) -> int:
-        """Remove the hook that a training left which ended by an exception.
+        """Remove the hooks that a training left which ended by an exception.
 
-        The next training with a `ToECallback` does so by itself. Without one, a hook that was waiting for the forward
-        of a broken-off step would still act once, on the next forward in training mode.
+        These are the one before a layer, for YOLOS a second one behind its middle positions, and the one that reads
+        the names of a checkpoint. The next training with a `ToECallback` does so by itself. Without one, a hook that
+        was waiting for the forward of a broken-off step would still act once, on the next forward in training mode.
 
         Args:
             model (`nn.Module`): The model, wrapped or not.
@@ -94,7 +85,7 @@ class ToECallback(TrainerCallback):
         removed = detach(model)
         if removed:
             reset_compiler()
-        return removed
+        return removed + sum(forget_names(module) for module in model.modules())
 
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
@@ -124,14 +115,21 @@ class ToECallback(TrainerCallback):
             **kwargs: Unused.
 
         Raises:
-            ValueError: If a stage would start outside the training, or the model is refused.
+            ValueError: If a stage would start outside the training, the model is refused, or it is not the one that
+                the checkpoint holds.
         """
-        self.detach(model)
-        if state.global_step > 0 and isinstance(model, PreTrainedModel) and not reads_saved_names(model):
-            logger.warning(
-                "The resumed model may not have the weights of its checkpoint, because ToECallback came after they "
-                "were read; resume with a new Trainer made with `model=` (not `model_init=`) and "
-                "`callbacks=[ToECallback()]`."
+        if detach(model):
+            reset_compiler()
+        if state.global_step > 0 and not reads_saved_names(model) and renames_on_saving(model):
+            raise ValueError(
+                "`resume_from_checkpoint` must be given to a new Trainer made with `model=` (not `model_init=`) and "
+                f"`callbacks=[ToECallback()]`, because others cannot read the names that {type(model).__name__} is "
+                "saved under; this one would go on from other weights than those of the checkpoint."
+            )
+        if self.config.counts_epochs and state.num_train_epochs >= sys.maxsize:
+            raise ValueError(
+                f"`stage_starts` can count epochs only where the training data has a length, got "
+                f"{self.config.stage_starts}; use shares of the training such as (0.0, 0.33, 0.67)."
             )
         last, epochs = self.config.stage_starts[-1], state.num_train_epochs
         if self.config.counts_epochs and last >= epochs:
@@ -155,9 +153,17 @@ class ToECallback(TrainerCallback):
             state (`TrainerState`): Of the trainer.
             control (`TrainerControl`): Of the trainer.
             **kwargs: Unused.
+
+        Raises:
+            ValueError: If another `ToECallback` has hooked into the model as well.
         """
         self._step_start = time.perf_counter()
         if self._attachment is not None:
+            if not self._attachment.in_place:
+                raise ValueError(
+                    "`callbacks` must hold one ToECallback for a model, but another one has taken the place of this; "
+                    "remove one of them."
+                )
             done = (state.epoch or 0.0) if self.config.counts_epochs else state.global_step / max(state.max_steps, 1)
             self._attachment.arm(self.config.stage_at(done))
 

@@ -3,6 +3,7 @@
 from bisect import bisect_right
 from dataclasses import dataclass, fields
 from itertools import pairwise
+from numbers import Integral, Real
 from typing import Any
 
 
@@ -163,6 +164,6 @@ def _as_tuple(name: str, values: Any) -> tuple:
     if isinstance(values, str) or not hasattr(values, "__iter__"):
         raise ValueError(f"`{name}` must be a list or tuple of numbers, got {values!r}.")
     values = tuple(values)
-    if not values or any(isinstance(value, bool) or not isinstance(value, (int, float)) for value in values):
+    if not values or any(isinstance(value, bool) or not isinstance(value, Real) for value in values):
         raise ValueError(f"`{name}` must hold at least one number and nothing else, got {values}.")
-    return values
+    return tuple(int(value) if isinstance(value, Integral) else float(value) for value in values)  # numpy's as well

@@ -217,9 +217,9 @@ def restore_tokens(tokens: Tensor, index: Tensor, length: int, owner: Tensor | N
 class TokenExpansion:
     """The pure operation of a stage: spread, expand, merge.
 
-    With cosine, `initial_keep_rate` 0.25 and the default keep rates the result equals the authors' code, order
-    included. Other schedules keep exactly `int(N * r)` tokens, where the authors' sums of truncated differences may
-    keep one or two fewer.
+    With cosine, `initial_keep_rate` 0.25 and the default keep rates the result equals the authors' code on square
+    grids of patches, order included (compared in stage 1). Other schedules and numbers of patches keep exactly
+    `int(N * r)` tokens, where the authors' sums of truncated differences may keep one or two fewer.
 
     Args:
         config (`ToEConfig`, *optional*): The schedule; the default one if left out.
@@ -336,8 +336,9 @@ class TokenExpansion:
 class RandomDrop(TokenExpansion):
     """Control for comparisons: as many tokens as a stage of ToE keeps, chosen at random, the others dropped.
 
-    What ToE gains over it is owed to the choice of tokens, not to their number. Random: neither fit for hosts that
-    recompute hooks (timm with activation checkpointing) nor equal in two runs without the same seed.
+    What ToE gains over it is owed to the choice of tokens and to merging the others, not to their number. Draws from
+    torch's global generator: neither fit for hosts that recompute hooks (timm with activation checkpointing) nor
+    equal in two runs without the same seed, and augmentation that uses the same generator gets other numbers.
 
     Args:
         config (`ToEConfig`, *optional*): The schedule.

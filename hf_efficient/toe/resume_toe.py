@@ -5,10 +5,13 @@ On resuming, the Trainer hands the names of the file to `load_state_dict`, which
 warning: the run would go on from new weights.
 """
 
+import copy
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import logging
 
 
@@ -37,14 +40,34 @@ def reads_saved_names(model: nn.Module) -> bool:
     return bool(_hooks(model))
 
 
-def forget_names(model: nn.Module) -> None:
+def renames_on_saving(model: nn.Module) -> bool:
+    """Whether `save_pretrained` gives the weights of a model other names than `state_dict` does.
+
+    Args:
+        model (`nn.Module`): The model.
+
+    Returns:
+        `bool`: `False` for other modules than `PreTrainedModel`, which a trainer saves as they are.
+    """
+    if not isinstance(model, PreTrainedModel):
+        return False
+    own = {name: torch.empty(value.shape, device="meta") for name, value in model.state_dict().items()}
+    return revert_weight_conversion(model, own).keys() != own.keys()
+
+
+def forget_names(model: nn.Module) -> int:
     """Take the translation away again.
 
     Args:
         model (`nn.Module`): The model.
+
+    Returns:
+        `int`: Number of hooks removed.
     """
-    for key in _hooks(model):
+    keys = _hooks(model)
+    for key in keys:
         del model._load_state_dict_pre_hooks[key]
+    return len(keys)
 
 
 def _hooks(model: nn.Module) -> list[int]:
@@ -56,8 +79,11 @@ def _translate(model: PreTrainedModel, state_dict: dict[str, Tensor], prefix: st
     own = model.state_dict().keys()
     if prefix or state_dict.keys() <= own:
         return
+    # the dtype of the file, whatever the configuration says: it may be that of the weights a training began with
+    dtypes = {value.dtype for value in state_dict.values() if value.is_floating_point()}
+    dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
     loaded, info = type(model).from_pretrained(
-        None, config=model.config, state_dict=dict(state_dict), output_loading_info=True
+        None, config=copy.deepcopy(model.config), state_dict=dict(state_dict), dtype=dtype, output_loading_info=True
     )
     if info["missing_keys"] or info["mismatched_keys"]:
         logger.warning("The checkpoint does not hold all weights of %s; it is read as it is.", type(model).__name__)

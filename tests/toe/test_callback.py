@@ -174,9 +174,31 @@ def test_detach_removes_a_stale_hook(make_vit, make_trainer, count_hooks):
     model = make_vit()
     with pytest.raises(RuntimeError, match="broken off"):
         make_trainer(model, [ToECallback(), Breaks()]).train()
-    assert ToECallback.detach(model) == 1
+    assert ToECallback.detach(model) == 2  # before the layer, and when a checkpoint is read
     assert count_hooks(model) == 0
+    assert not model._load_state_dict_pre_hooks
     assert ToECallback.detach(model) == 0
+
+
+def test_two_callbacks_are_refused(make_vit, make_trainer):
+    class Faster(ToECallback):
+        """No duplicate to transformers, which warns of those."""
+
+    with pytest.raises(ValueError, match="`callbacks` must hold one ToECallback"):
+        make_trainer(make_vit(), [ToECallback(), Faster(ToEConfig.preset("fast"))]).train()
+
+
+def test_epochs_need_data_with_a_length(make_vit, make_trainer, images):
+    class Endless(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            while True:
+                yield from (images[row] for row in range(len(images)))
+
+    trainer = make_trainer(
+        make_vit(), [ToECallback(stage_starts=(0, 1, 2))], trainer_arguments={"train_dataset": Endless()}
+    )
+    with pytest.raises(ValueError, match="can count epochs only where the training data has a length"):
+        trainer.train()
 
 
 @pytest.mark.parametrize("stop", [6, 4])

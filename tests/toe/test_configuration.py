@@ -1,5 +1,6 @@
 import dataclasses
 
+import numpy as np
 import pytest
 
 from hf_efficient import ToECallback, ToEConfig, TokenExpansion
@@ -114,3 +115,9 @@ def test_what_is_no_schedule_gets_a_sentence_wherever_one_is_taken(make_vit):
             take("fast")
         with pytest.raises(ValueError, match=r"`ToEConfig`, got \{'distance': 'cosine'\}; make one by `ToEConfig\("):
             take({"distance": "cosine"})
+
+
+def test_numbers_of_numpy_are_numbers():
+    config = ToEConfig(stage_starts=np.arange(3), keep_rates=np.array([0.5, 0.75, 1.0], np.float32))
+    assert config == ToEConfig(stage_starts=(0, 1, 2))
+    assert all(type(start) is int for start in config.stage_starts)

@@ -1,7 +1,5 @@
 """A resumed training reads the weights of its checkpoint, whatever names they were saved under."""
 
-import logging
-
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -28,7 +26,7 @@ from transformers import (
 )
 
 from hf_efficient import ToECallback
-from hf_efficient.toe.resume_toe import translate_names
+from hf_efficient.toe.resume_toe import renames_on_saving, translate_names
 
 
 LAYERS = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
@@ -84,6 +82,8 @@ def test_saved_names_of_every_family(name, tmp_path):
     translate_names(fresh)
     fresh.load_state_dict(load_file(tmp_path / "model.safetensors"), False)  # what the Trainer does
     assert_same(weights(fresh), weights(saved))
+    renamed = load_file(tmp_path / "model.safetensors").keys() != saved.state_dict().keys()
+    assert renames_on_saving(saved) == renamed
 
 
 @pytest.fixture
@@ -110,7 +110,7 @@ def test_one_callback_may_serve_several_trainers(checkpoint, make_vit, make_trai
 
 
 @pytest.mark.parametrize("late", ["add_callback", "model_init"])
-def test_a_callback_that_came_too_late_says_so(late, checkpoint, make_vit, make_trainer, caplog):
+def test_a_callback_that_came_too_late_says_so(late, checkpoint, make_vit, make_trainer):
     path, _ = checkpoint
     if late == "add_callback":
         trainer = make_trainer(make_vit(), max_steps=6)
@@ -119,9 +119,27 @@ def test_a_callback_that_came_too_late_says_so(late, checkpoint, make_vit, make_
         trainer = make_trainer(
             None, [ToECallback()], max_steps=6, trainer_arguments={"model_init": lambda: make_vit()}
         )
-    with caplog.at_level(logging.WARNING):
+    with pytest.raises(ValueError, match="other weights than those of the checkpoint"):
         trainer.train(resume_from_checkpoint=path)
-    assert "may not have the weights of its checkpoint" in caplog.text
+
+
+def test_the_same_trainer_cannot_resume(checkpoint, make_vit, make_trainer):
+    """Its first training has taken the translation of names away."""
+    path, _ = checkpoint
+    trainer = make_trainer(make_vit(), [ToECallback()], max_steps=6)
+    trainer.train()
+    with pytest.raises(ValueError, match="must be given to a new Trainer"):
+        trainer.train(resume_from_checkpoint=path)
+
+
+def test_weights_keep_their_precision(checkpoint, make_vit, make_trainer):
+    """The configuration may still name the data type of the file that the training began with."""
+    path, expected = checkpoint
+    model = spoiled(make_vit())
+    model.config.dtype = torch.float16
+    make_trainer(model, [ToECallback()], max_steps=6).train(resume_from_checkpoint=path)
+    assert_same(weights(model), expected)
+    assert model.config.dtype == torch.float16
 
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # called by peft
