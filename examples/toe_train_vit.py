@@ -2,7 +2,7 @@
 
 Any image dataset of `datasets` (a name, a folder of images or of parquet files) and any supported model; the default
 is a ViT of 64 tokens, 128 wide and 8 deep, from scratch. With `--compare` three arms get the same seeds, steps and
-data: `full` (all tokens), `toe`, and `random` (same hook, layer and count, the tokens drawn at random); `short` sees
+rows: `full` (all tokens), `toe`, and `random` (same hook, layer and count, the tokens drawn at random); `short` sees
 all tokens for as many epochs as ToE's multiply-adds pay for, and `--fast-preset` gets one run. A run is a process of
 one thread. If it is interrupted it goes on at its last epoch, kept in `--output`; when it ends it leaves its figures
 in `--results` and is not repeated. `--status` lists both, `--time 5` measures steps and the core-hours to expect.
@@ -14,7 +14,7 @@ The first line is for choices, made on the last 5,000 training rows. The second 
 two core-hours each, with `--bf16` half to 0.7 where the CPU multiplies bfloat16; each ends on the test split, read
 behind `--final` alone. To expect: ToE near 1.29 times as fast as full tokens, the bound by multiply-adds. The recipe:
 AdamW at 1e-3, weight decay 0.05, batches of 128, a tenth to warm up, cosine decay, label smoothing 0.1, mirror images,
-crops of 2 pixels (the best of 0, 2, 4 for full and ToE on average; such runs in KEEP/choices/NAME/ get into the card).
+crops of 2 pixels (the best of 0, 2, 4 for full and ToE on average; trials in KEEP/choices/NAME/ get into the card).
 """
 
 import argparse

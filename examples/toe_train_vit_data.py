@@ -56,6 +56,9 @@ def decode(name: str, split: str, size: int, folder: Path) -> tuple[np.ndarray, 
     if not all(file.exists() for file in files):
         data = load_split(name, split)
         columns = {type(feature): column for column, feature in data.features.items()}
+        labels = [column for column, feature in data.features.items() if isinstance(feature, ClassLabel)]
+        if len(labels) > 1:
+            raise SystemExit(f"--dataset needs one class label column, {name} has {', '.join(labels)}: remove others.")
         if not {Image, ClassLabel} <= columns.keys():
             raise SystemExit(f"--dataset needs an image and a class label column, {name} has {data.features}.")
         images = np.empty((len(data), 3, size, size), np.uint8)
