@@ -172,15 +172,20 @@ def test_the_short_arm_costs_what_toe_costs(runs, args):
 def test_trials_become_a_table(runs, args, repository, monkeypatch):
     monkeypatch.syspath_prepend(repository / "examples")
     report = importlib.import_module("toe_train_vit_report")
-    assert report.choices_table(args.results) == []
+    assert report.choices_table(args.results, []) == []
     args.shift, args.batch_size = 4, 128
     finish(runs, args, "full", 0, 1.0)  # of the comparison itself: no trial
     run = {"arm": "toe", "seed": 9, "validation_accuracy": 0.5, "recipe": runs.make_recipe(args, "toe")}
+    chosen = run | {"seed": 0, "validation_accuracy": 0.6, "test_accuracy": 0.4}
     folder = args.results / "choices" / "crop-4"
     folder.mkdir(parents=True)
     (folder / "run-toe-9.json").write_text(json.dumps(run))
-    (table,) = report.choices_table(args.results)
-    assert table["rows"] == [[4, 128, "0.001", 15, "ToE", 9, "50.00"]]
+    (table,) = report.choices_table(args.results, [chosen, chosen | {"seed": 1}, chosen | {"arm": "random"}])
+    assert table["rows"] == [
+        [4, 128, "0.001", 15, "ToE", 9, "50.00", ""],
+        [4, 128, "0.001", 15, "ToE", 0, "60.00", "40.00"],
+    ]
+    assert "the last 1 rows" in table["note"]
     assert len(table["columns"]) == len(table["rows"][0])
 
 
