@@ -4,17 +4,16 @@ Any image dataset of `datasets` (a name, a folder of images or of parquet files)
 is a ViT of 64 tokens, 128 wide and 8 deep, from scratch. With `--compare` three arms get the same seeds, steps and
 rows: `full` (all tokens), `toe`, and `random` (same hook, layer and count, the tokens drawn at random); `short` sees
 all tokens for as many epochs as ToE's multiply-adds pay for, and `--fast-preset` gets one run. A run is a process of
-one thread. If it is interrupted it goes on at its last epoch, kept in `--output`; when it ends it leaves its figures
-in `--results` and is not repeated. `--status` lists both, `--time 5` measures steps and the core-hours to expect.
+one thread; interrupted, it goes on at its last epoch, kept in `--output`; its figures stay in `--results`. `--status`
+lists both, `--time 5` measures steps and core-hours.
 
     python examples/toe_train_vit.py --dataset DIR/cifar10 --arms full --seeds 9 --output TRIAL
     python examples/toe_train_vit.py --dataset DIR/cifar10 --compare --output RUNS --results KEEP --final --card CARD
 
 The first line is for choices, made on the last 5,000 training rows. The second takes 13 runs for CIFAR-10, of one to
 two core-hours each, with `--bf16` half to 0.7 where the CPU multiplies bfloat16; each ends on the test split, read
-behind `--final` alone. To expect: ToE near 1.29 times as fast as full tokens, the bound by multiply-adds. The recipe:
-AdamW at 1e-3, weight decay 0.05, batches of 128, a tenth to warm up, cosine decay, label smoothing 0.1, mirror images,
-crops of 2 pixels (the best of 0, 2, 4 for full and ToE on average; trials in KEEP/choices/NAME/ get into the card).
+behind `--final`. To expect: ToE near 1.29 times as fast, the bound by multiply-adds. The recipe: AdamW, cosine decay,
+label smoothing 0.1, mirror images, crops of 2 pixels (best of 0, 2, 4; trials in KEEP/choices/NAME/ go to the card).
 """
 
 import argparse
@@ -28,9 +27,10 @@ from pathlib import Path
 
 import torch
 from filelock import FileLock, Timeout
+from toe_train_vit_card import write_checkpoint
 from toe_train_vit_clock import Clock, Yardstick, accuracy, show_timing, time_steps
 from toe_train_vit_data import Batches, Rows, decode
-from toe_train_vit_report import finish_run, print_bounds, report, write_checkpoint
+from toe_train_vit_report import finish_run, print_bounds, report
 from toe_train_vit_runs import (
     ARMS,
     check_arguments,

@@ -4,6 +4,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import torch
@@ -379,12 +380,13 @@ class ExpandedTraining:
                 `stage_starts`.
 
         Raises:
-            ValueError: If it is negative, or a share above 1.
+            ValueError: If it is no number, negative, or a share above 1.
         """
         config = self._attachment.expansion.config
-        if not progress >= 0 or (progress > 1 and not config.counts_epochs):  # NaN is neither
+        number = isinstance(progress, Real) and progress >= 0  # NaN is not
+        if not number or (progress > 1 and not config.counts_epochs):
             unit = "epochs of at least 0" if config.counts_epochs else "a share of the training in [0, 1]"
-            raise ValueError(f"`progress` must be {unit}, the unit of `stage_starts`, got {progress}.")
+            raise ValueError(f"`progress` must be {unit}, the unit of `stage_starts`, got {progress!r}.")
         self._attachment.arm(config.stage_at(progress), keep=True)
 
     @property

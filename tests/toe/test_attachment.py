@@ -232,6 +232,8 @@ def test_progress_in_epochs_and_shares(make_vit):
             expansion.set_progress(-1)
         with pytest.raises(ValueError, match=r"`progress` must be epochs of at least 0, .* got nan"):
             expansion.set_progress(float("nan"))
+        with pytest.raises(ValueError, match="got 'half'"):
+            expansion.set_progress("half")
     with (
         token_expansion(model) as expansion,
         pytest.raises(ValueError, match=r"`progress` must be a share of the training in \[0, 1\], .* got 2"),

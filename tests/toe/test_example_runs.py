@@ -171,7 +171,7 @@ def test_the_short_arm_costs_what_toe_costs(runs, args):
 
 def test_trials_become_a_table(runs, args, repository, monkeypatch):
     monkeypatch.syspath_prepend(repository / "examples")
-    report = importlib.import_module("toe_train_vit_report")
+    report = importlib.import_module("toe_train_vit_card")
     assert report.choices_table(args.results, []) == []
     args.shift, args.batch_size = 4, 128
     finish(runs, args, "full", 0, 1.0)  # of the comparison itself: no trial
