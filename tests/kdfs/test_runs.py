@@ -7,6 +7,7 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 
 @pytest.fixture
@@ -87,6 +88,17 @@ def test_trials_for_the_recipe_become_a_table(runs, tmp_path):
     assert table["columns"] == ["network", "kd weight", "accuracy, %"]
     assert table["rows"] == [["Torch-Pruning", "4", "85.00"], ["Torch-Pruning", "1", "80.00"]]
     assert "90.00 %" in table["note"]
+
+
+def test_a_network_to_start_from_is_read_as_it_was_written(runs, tmp_path):
+    from hf_efficient import CifarResNetConfig, CifarResNetForImageClassification
+
+    start = importlib.import_module("kdfs_prune_cifar_start")
+    model = CifarResNetForImageClassification(CifarResNetConfig(depth=8, num_labels=3))
+    start.write_original(model, tmp_path / "resnet20_jpeg.safetensors")
+    again = CifarResNetForImageClassification.from_original(tmp_path / "resnet20_jpeg.safetensors")
+    assert all(torch.equal(value, again.state_dict()[name]) for name, value in model.state_dict().items())
+    assert [file.name for file in tmp_path.iterdir()] == ["resnet20_jpeg.safetensors"]
 
 
 def test_a_half_done_run_goes_on_with_its_recipe_only(runs, tmp_path):
