@@ -104,6 +104,20 @@ class DistillationTrainer(PushesNoPickles, Trainer):
         self._loss_parts: dict[str, Tensor] = {}
         self._loss_count = 0
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train; afterwards the model computes in the precision of its weights again, not in that of `bf16` or `fp16`.
+
+        Args:
+            args (`Any`): As of [`~transformers.Trainer.train`].
+            kwargs (`Any`): Likewise.
+
+        Returns:
+            `TrainOutput`: As of [`~transformers.Trainer.train`].
+        """
+        output = super().train(*args, **kwargs)
+        self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)  # its forward would keep the autocast
+        return output
+
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:

@@ -228,6 +228,19 @@ def test_a_teacher_with_other_labels_is_refused(arguments, toy_data):
         KDFSTrainer(ours, arguments(), KDFSConfig(), theirs, train_dataset=toy_data())
 
 
+def test_mixed_precision_ends_with_the_training(arguments, toy_data):
+    """Else latencies and answers afterwards would be those of bfloat16, beside a teacher in float32."""
+    model = cifar()
+    DistillationTrainer(model=model, args=arguments(max_steps=1, bf16=True), train_dataset=toy_data()).train()
+    seen = []
+    handle = model.get_submodule("linear").register_forward_hook(
+        lambda module, args, output: seen.append(output.dtype)
+    )
+    model.eval()(torch.zeros(1, 3, 8, 8))
+    handle.remove()
+    assert seen == [torch.float32]
+
+
 def test_a_label_the_model_lacks_is_refused(arguments):
     rows = [{"pixel_values": torch.zeros(3, 8, 8), "labels": label} for label in (0, 1, 2, 12)]
     trainer = KDFSTrainer(cifar(), arguments(), KDFSConfig(), train_dataset=rows)
