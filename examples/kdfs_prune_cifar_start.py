@@ -8,7 +8,9 @@ The trained networks that the comparison starts from have seen all training rows
 six points better than on new images, and a recipe that stays near them looks better there than it is. This script
 trains ResNet-20 from scratch on the first 45,000 rows and writes `resnet20_jpeg.safetensors` as the comparison reads
 it, so that trials from it are judged on rows that are new to every network. An interrupted run goes on.
-Expected: 84 to 87 % on the held-out rows after 20 epochs, half a core-hour with `--bf16` on a core with AVX-512.
+Measured: 83.2 % on the held-out rows after 20 epochs, 0.4 core-hours with `--bf16` on a core with AVX-512 (the given
+network has 87.9 % on new images); the default of 60 epochs takes three times as long and should come nearer. From
+a weaker start the students outgrow their teacher, and trials favour less distillation than they should.
 """
 
 import argparse
@@ -41,7 +43,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="folder with train.parquet")
     parser.add_argument("--output", type=Path, default=Path("runs/kdfs_start"), help="default: runs/kdfs_start")
-    parser.add_argument("--epochs", type=float, default=20.0)
+    parser.add_argument("--epochs", type=float, default=60.0)
     parser.add_argument("--learning-rate", type=float, default=4e-3)
     parser.add_argument("--weight-decay", type=float, default=5e-2)
     parser.add_argument("--seed", type=int, default=0)
