@@ -31,10 +31,11 @@ from pathlib import Path
 
 import torch
 from kdfs_prune_cifar_arms import ARMS, run_arm
-from kdfs_prune_cifar_card import summarise, write_checkpoint
-from kdfs_prune_cifar_data import load_data
+from kdfs_prune_cifar_card import summarise
+from kdfs_prune_cifar_data import Images, load_data
 from kdfs_prune_cifar_estimate import estimate
 from kdfs_prune_cifar_networks import load_teacher
+from kdfs_prune_cifar_publish import DENSE_NAME, write_dense, write_pruned
 from kdfs_prune_cifar_runs import Results, check_recipe, claim, recipe, show_status
 from transformers.utils import logging
 
@@ -52,7 +53,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--arm", choices=list(ARMS), nargs="+", help="default: all")
     parser.add_argument("--seed", type=int, nargs="+", help="default: as many as the arm has, from 0")
     parser.add_argument("--final", action="store_true", help="train on all rows, judge on the test images")
-    parser.add_argument("--card", type=Path, metavar="DIR", help="write the pruned checkpoint with its card there")
+    parser.add_argument(
+        "--card",
+        type=Path,
+        metavar="DIR",
+        help=f"write the pruned checkpoint there, the given one to {DENSE_NAME} beside",
+    )
     parser.add_argument("--smoke", action="store_true", help="toy data and a toy network, under a minute")
     parser.add_argument("--epochs", type=float, help="in all (default: 20, ResNet-56: 10)")
     parser.add_argument("--batch-size", type=int, default=128)
@@ -74,9 +80,9 @@ def parse() -> argparse.Namespace:
     needed = not (options.smoke or options.status)
     if needed and (options.weights is None or (options.data is None and not options.estimate)):
         parser.error("--data and --weights are needed (or --smoke)")
-    card = options.card
-    if card and card.exists() and any(card.iterdir()) and not (card / "results.json").is_file():
-        parser.error(f"--card {card} holds other files, which would be deleted: name a new folder.")
+    for card in (options.card, options.card.parent / DENSE_NAME) if options.card else ():
+        if card.exists() and any(card.iterdir()) and not (card / "results.json").is_file():
+            parser.error(f"--card: {card} holds other files, which would be deleted: name a new folder.")
     options.cpu = not options.gpu
     return options
 
@@ -94,15 +100,16 @@ def plan(options: argparse.Namespace) -> list[tuple[str, int]]:
 def collect(results: Results, meta: dict, final: bool) -> dict:
     """`results.json` of all finished runs, also those of other processes."""
     runs = results.all()
-    judged = "10,000 test images" if final else "last 5,000 training rows"
+    images = runs[0]["images"] if runs else 0
+    kind = "toy images" if images < 1000 else "test images" if final else "training rows held out"
+    judged = f"{images:,} {kind}"
     document = {"judged_on": judged, "summary": summarise(runs), "runs": runs, "meta": meta}
     write_whole(results.folder / "results.json", json.dumps(document, indent=1) + "\n")
     return document
 
 
-def work(options: argparse.Namespace, output: Path, results: Results) -> int:
+def work(options: argparse.Namespace, output: Path, results: Results, train: Images, held_out: Images) -> int:
     """Do every run that is neither done nor in the hands of another process; how many are left undone."""
-    train, held_out = load_data(options.data, options.final, options.smoke)
     left = 0
     for name, seed in plan(options):
         arm, folder = ARMS[name], output / f"{name}-{seed}"
@@ -147,8 +154,11 @@ def main() -> None:
         return
     if options.card and ("kdfs", 0) not in plan(options) and results.load("kdfs", 0) is None:
         raise SystemExit("--card needs the arm kdfs with seed 0: add them to --arm and --seed.")
+    if options.card and options.weights and not (options.weights / "LICENSE").is_file():
+        raise SystemExit(f"--card: {options.weights} holds no LICENSE, which goes with the networks: put it there.")
     options.meta = run_meta()
-    left = work(options, output, results)
+    train, held_out = load_data(options.data, options.final, options.smoke)
+    left = work(options, output, results, train, held_out)
     document = collect(results, options.meta, options.final)
     for row in document["summary"]:
         print("{title}: {accuracy:.4f} (spread {spread:.4f}, {seeds} seeds), {macs:,} multiply-adds".format(**row))
@@ -158,8 +168,11 @@ def main() -> None:
     if options.card and left:
         print(f"no card: {left} runs are left")
     elif options.card:
-        choices = results.folder.parent / "choices"
-        print("wrote", write_checkpoint(options.card, results.weights("kdfs", 0), document, choices))
+        licence = options.weights and options.weights / "LICENSE"
+        choices, network = results.folder.parent / "choices", results.weights("kdfs", 0)
+        print("wrote", write_pruned(options.card, network, document, choices, held_out, licence))
+        teacher, dense = load_teacher(options.weights, 20, options.smoke), options.card.parent / DENSE_NAME
+        print("wrote", write_dense(dense, teacher, document, held_out, licence))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from kdfs_prune_cifar_data import Images, accuracy, collate
 from kdfs_prune_cifar_networks import SHAPE, folded, fresh_network, random_network, taylor_network
-from kdfs_prune_cifar_runs import CpuClock, Results, begin_run, epochs_of, recipe
+from kdfs_prune_cifar_runs import CpuClock, Results, begin_run, epochs_of, read_start, recipe
 from transformers import TrainingArguments, set_seed
 
 from hf_efficient import KDFSConfig, KDFSPrunedModelForImageClassification, KDFSPruner, count_flops
@@ -176,6 +176,7 @@ def run_arm(
         "epochs": epochs_of(options, arm.depth),
         "accuracy": accuracy(model, held_out),
         "teacher_accuracy": accuracy(teacher, held_out),
+        "start": read_start(options.weights),
         "images": len(held_out),
         "macs": macs,
         "flops_reduction": 1 - macs / dense,

@@ -1,22 +1,15 @@
-"""Summary of the runs and checkpoint folder of `kdfs_prune_cifar.py`."""
+"""Summary, tables and pictures of the runs of `kdfs_prune_cifar.py`."""
 
 import json
-import shutil
 import statistics
-import tempfile
 from pathlib import Path
 
+import torch
 from kdfs_prune_cifar_arms import ARMS
-from kdfs_prune_cifar_data import MEAN, STD
+from kdfs_prune_cifar_data import Images
 from kdfs_prune_cifar_runs import RECIPE, options_of
-from transformers import ViTImageProcessor
-
-from hf_efficient import KDFSPrunedModelForImageClassification
-from hf_efficient.hub import write_results
-from hf_efficient.kdfs.figures_kdfs import plot_widths
 
 
-NAME = "resnet20-kdfs-cifar10"
 DATASET = {
     "id": "cifar10",
     "name": "CIFAR-10, JPEG-compressed",
@@ -32,21 +25,13 @@ PAPER = {
   year    = {2023}
 }""",  # noqa: E501 - an entry to copy
 }
-USAGE = """
-from PIL import Image
-from transformers import pipeline
-
-checkpoint = "resnet20-kdfs-cifar10"  # this repository: its name on the Hub or a local copy
-classify = pipeline("image-classification", checkpoint, trust_remote_code=True)
-print(classify(Image.new("RGB", (32, 32), (90, 140, 220)))[:3])
-"""
-LIMITS = [
-    "It was trained and tested on CIFAR-10 images that were JPEG-compressed with 4:2:0 chroma. Its accuracy compares "
-    "with the other rows of the table, not with published CIFAR-10 numbers.",
-    "32x32 images of ten classes; other pictures get one of the ten names all the same.",
-    "At this size a network this small is bound by calls, not by arithmetic: see the measured latency.",
-    "The authors train for 350 epochs; here every network had the epochs named in the table.",
-]
+COLOURS = {
+    "dense": "#333333",
+    "kdfs": "#1f77b4",
+    "torch_pruning": "#d35400",
+    "random": "#7f8c8d",
+    "scratch": "#8e44ad",
+}
 
 
 def summarise(runs: list[dict]) -> list[dict]:
@@ -98,7 +83,6 @@ def is_dense(run: dict, depth: int) -> bool:
 
 def tables(runs: list[dict], summary: list[dict], judged_on: str) -> list[dict]:
     """The one table of the card."""
-    images = runs[0]["images"]
     rows = given_rows(runs)
     rows += [
         [
@@ -118,7 +102,7 @@ def tables(runs: list[dict], summary: list[dict], judged_on: str) -> list[dict]:
     columns = ["network", "accuracy, %", "spread", "seeds", "epochs", "M multiply-adds", "fewer, %", "parameters"]
     return [
         {
-            "title": f"Accuracy on the {judged_on}" if images >= 5000 else f"Accuracy on {images} toy images",
+            "title": f"Accuracy on the {judged_on}",
             "columns": [*columns, "time, batch 1", "time, batch 64"],
             "rows": rows,
             "note": "Mean over the seeds; spread is largest minus smallest. Multiply-adds are those of convolutions "
@@ -140,67 +124,66 @@ def choices_table(folder: Path) -> list[dict]:
         settings = [f"{own[name]:g}" if name in own else "" for name in names]
         rows.append([run["title"], *settings, f"{100 * run['accuracy']:.2f}"])
     given = f"{100 * runs[0]['teacher_accuracy']:.2f}"
-    note = (
-        f"One run of {runs[0]['epochs']:g} epochs each, judged on {runs[0]['images']:,} training rows held out. The "
-        f"network that all start from has seen these rows ({given} %): the figures serve to choose, for nothing else."
-    )
+    note = f"One run of {runs[0]['epochs']:g} epochs each, judged on {runs[0]['images']:,} training rows held out. "
+    if all(run.get("start") for run in runs):
+        note += (
+            f"All start from a network that was trained for {runs[0]['start']['epochs']:g} epochs on the other rows "
+            f"alone ({given} % on these), by `examples/kdfs_prune_cifar_start.py`."
+        )
+    else:
+        note += f"The network that all start from has seen them ({given} %): good for choosing, for nothing else."
     columns = ["network", *(name.replace("_", " ") for name in names), "accuracy, %"]
     return [{"title": "Trials for the recipe", "columns": columns, "rows": rows, "note": note}]
 
 
-def write_checkpoint(folder: Path, source: Path, results: dict, choices: Path) -> Path:
-    """Weights as measured, image processor, picture of the widths, `results.json` and card; whole or not at all."""
-    runs = results["runs"]
-    own = next(run for run in runs if run["arm"] == "kdfs" and run["seed"] == 0)
-    row = next(row for row in results["summary"] if row["arm"] == "kdfs")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    building = Path(tempfile.mkdtemp(prefix=f".{folder.name}_", dir=folder.parent))
-    try:
-        model = KDFSPrunedModelForImageClassification.from_pretrained(source)
-        model.save_pretrained(building)
-        size = {"height": 32, "width": 32}
-        ViTImageProcessor(size=size, image_mean=MEAN, image_std=STD).save_pretrained(building)
-        shutil.copy(source / "kdfs_config.json", building)
-        report = {"layers": own["layers"], "flops": {"reduction": own["flops_reduction"]}}
-        plot_widths(report, building / "widths.png")
-        document = {
-            "name": NAME,
-            "title": "ResNet-20 for CIFAR-10, pruned by KDFS",
-            "summary": f"A CIFAR ResNet-20 without {100 * own['flops_reduction']:.1f} % of its multiply-adds: "
-            f"{own['macs'] / 1e6:.1f} M instead of {own['macs'] / (1 - own['flops_reduction']) / 1e6:.1f} M, "
-            f"{own['parameters']:,} parameters. {100 * own['accuracy']:.2f} % on the {results['judged_on']}.",
-            "method": "Every convolution learned which of its filters to keep: keep and drop logits, sampled by a "
-            "straight-through Gumbel-softmax, were trained with the weights under a target for the multiply-adds and "
-            "the teacher's answers and feature maps. Then the dropped filters were cut out, which changes no answer "
-            "since the masks act after normalisation, and the smaller network was trained on.",
-            "paper": PAPER,
-            "license": "bsd-2-clause",
-            "datasets": [DATASET],
-            "pipeline_tag": "image-classification",
-            "tags": ["kdfs", "pruning", "resnet"],
-            "usage": USAGE,
-            "tables": tables(runs, results["summary"], results["judged_on"]) + choices_table(choices),
-            "pictures": [{"file": "widths.png", "caption": "Filters of every convolution before and after."}],
-            "metrics": [
-                {
-                    "dataset": DATASET["id"],
-                    "split": "test" if "test" in results["judged_on"] else "train",
-                    "type": "accuracy",
-                    "name": f"accuracy, mean of {row['seeds']} seeds",
-                    "value": round(row["accuracy"], 4),
-                }
-            ],
-            "runs": [{key: run[key] for key in run if key not in ("log", "layers")} for run in runs],
-            "seeds": sorted({run["seed"] for run in runs}),
-            "limits": LIMITS,
-            "details": {"summary": results["summary"], "layers": own["layers"]},
-            "meta": results["meta"],
-        }
-        write_results(building, document)
-        building.chmod(0o755)
-        if folder.is_dir():
-            shutil.rmtree(folder)
-        building.rename(folder)
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
-    return folder
+def new_figure(width: float, height: float) -> tuple:
+    """A figure of this size in inches, and its axes."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.add_subplot()
+
+
+def plot_accuracy(runs: list[dict], summary: list[dict], file: Path) -> None:
+    """Draw every run as a dot in the row of its arm, the mean as a line; dotted: the networks as they were given."""
+    figure, axes = new_figure(9, 1.2 + 0.36 * len(summary))
+    for place, row in enumerate(summary):
+        values = [100 * run["accuracy"] for run in runs if run["arm"] == row["arm"]]
+        colour = COLOURS[ARMS[row["arm"]].kind]
+        axes.plot(values, [place] * len(values), "o", color=colour, alpha=0.7, markersize=6)
+        axes.plot([100 * row["accuracy"]] * 2, [place - 0.3, place + 0.3], color=colour, linewidth=2)
+    depths = {ARMS[run["arm"]].depth: 100 * run["teacher_accuracy"] for run in runs}
+    for depth, value in sorted(depths.items()):
+        places = [place for place, row in enumerate(summary) if ARMS[row["arm"]].depth == depth]
+        axes.plot([value] * 2, [min(places) - 0.5, max(places) + 0.5], ":", color="#333333", linewidth=1)
+    axes.set_yticks(range(len(summary)), [row["title"] for row in summary])
+    axes.set_ylim(len(summary) - 0.4, -0.6)
+    axes.set_xlabel("accuracy, % (dotted: the network as it was given)")
+    axes.grid(axis="x", color="#e5e7e9")
+    axes.set_axisbelow(True)
+    figure.savefig(file, dpi=110)
+
+
+@torch.no_grad()
+def plot_confusion(model: torch.nn.Module, data: Images, file: Path, batch_size: int = 500) -> list[list[int]]:
+    """Draw how many images of a class (row) get an answer (column); the counts are returned."""
+    names = [model.config.id2label[index] for index in range(model.config.num_labels)]
+    counts = torch.zeros(len(names), len(names), dtype=torch.long)
+    for start in range(0, len(data), batch_size):
+        batch = data.__getitems__(list(range(start, min(start + batch_size, len(data)))))
+        answers = model.eval()(batch["pixel_values"]).logits.argmax(dim=1)
+        counts.index_put_((batch["labels"], answers), torch.ones_like(answers), accumulate=True)
+    figure, axes = new_figure(6.4, 5.6)
+    axes.imshow(counts / counts.sum(dim=1, keepdim=True).clamp(min=1), cmap="Blues", vmin=0, vmax=1)
+    for row, line in enumerate(counts.tolist()):
+        for column, count in enumerate(line):
+            colour = "white" if count > 0.5 * sum(line) else "#1b2631"
+            axes.text(column, row, count, ha="center", va="center", fontsize=8, color=colour)
+    axes.set_xticks(range(len(names)), names, rotation=45, ha="right")
+    axes.set_yticks(range(len(names)), names)
+    axes.set_xlabel("answer")
+    axes.set_ylabel("true class")
+    figure.savefig(file, dpi=110)
+    return counts.tolist()

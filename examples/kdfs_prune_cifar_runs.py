@@ -18,6 +18,7 @@ from hf_efficient.results import write_whole
 
 
 WEIGHTS = ("config.json", "model.safetensors", "kdfs_config.json")
+START = "start.json"
 TRAINING = ("epochs", "batch_size", "learning_rate", "weight_decay", "bf16")
 DISTILLATION = ("kd_weight", "kd_temperature")
 MASKS = (
@@ -81,6 +82,12 @@ def options_of(arm: Any) -> tuple[str, ...]:
     if arm.distil or arm.kind == "scratch":  # which takes the shape that KDFS has found
         names += DISTILLATION
     return names + MASKS if arm.kind in ("kdfs", "scratch") else names
+
+
+def read_start(weights: Path | None) -> dict[str, Any] | None:
+    """What `kdfs_prune_cifar_start.py` notes beside a network that has not seen the held-out rows, or `None`."""
+    note = None if weights is None else weights / START
+    return json.loads(note.read_text(encoding="utf-8")) if note and note.is_file() else None
 
 
 def recipe(options: Any, arm: Any) -> dict[str, Any]:

@@ -14,17 +14,20 @@ a weaker start the students outgrow their teacher, and trials favour less distil
 """
 
 import argparse
+import json
 import os
 import tempfile
 from pathlib import Path
 
 import torch
 from kdfs_prune_cifar_data import LABELS, accuracy, collate, load_data
+from kdfs_prune_cifar_runs import START
 from safetensors.torch import save_file
 from transformers import Trainer, TrainingArguments, set_seed
 
 from hf_efficient import CifarResNetConfig, CifarResNetForImageClassification
 from hf_efficient.kdfs.pruner_kdfs import last_whole_checkpoint
+from hf_efficient.results import run_meta, write_whole
 
 
 def write_original(model: CifarResNetForImageClassification, file: Path) -> None:
@@ -84,7 +87,10 @@ def main() -> None:
     )
     trainer.train(resume_from_checkpoint=last_whole_checkpoint(options.output / "training"))
     write_original(model, options.output / "resnet20_jpeg.safetensors")
-    print(f"{accuracy(model, held_out):.4f} on {len(held_out):,} held-out rows; wrote {options.output}")
+    reached = accuracy(model, held_out)
+    note = {"epochs": options.epochs, "accuracy": reached, "meta": run_meta()}
+    write_whole(options.output / START, json.dumps(note, indent=1) + "\n")
+    print(f"{reached:.4f} on {len(held_out):,} held-out rows; wrote {options.output}")
 
 
 if __name__ == "__main__":

@@ -184,7 +184,10 @@ def _data(results: dict[str, Any]) -> str:
 
 def _citation(results: dict[str, Any]) -> str:
     bibtex = (results.get("paper") or {}).get("bibtex")
-    text = f"Weights and code of this repository: {_plain(results['license'])}."
+    licence, code = _plain(results["license"]), "apache-2.0"  # code of this package lies beside many weights
+    text = f"Weights and code of this repository: {licence}."
+    if licence != code:
+        text = f"Weights: {licence}. Code of hf_efficient that lies beside them: {code}."
     return text + (f"\n\n```bibtex\n{bibtex.strip()}\n```" if bibtex else "")
 
 

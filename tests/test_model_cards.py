@@ -24,6 +24,7 @@ EXPECTED = {
         ("AutoConfig", "AutoModel", "AutoModelForImageClassification", "AutoImageProcessor"),
         True,
     ),
+    "resnet20-cifar10": (("AutoConfig", "AutoModel", "AutoModelForImageClassification", "AutoImageProcessor"), True),
     "pix2pix-cartoon2photo": (("AutoConfig", "AutoModel", "AutoModelForImageToImage", "AutoImageProcessor"), True),
 }
 MAX_FILE_BYTES, MAX_PICTURE_BYTES = 8 * 1024**2, 1024**2

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageClassification, AutoModelForImageTextToText, AutoProcessor
 
-from hf_efficient import Pix2PixModel
+from hf_efficient import Pix2PixModel, count_flops
 from hf_efficient.results import read_results
 from hf_efficient.toe import speedup_bound
 
@@ -72,3 +72,17 @@ def test_toe_has_as_many_parameters_and_the_same_bound():
     assert speedup_bound(model, patches)[0] == pytest.approx(figures["bound"], rel=1e-9)
     seconds = {arm: sum(run["cpu_seconds"] for run in results["runs"] if run["arm"] == arm) for arm in ("full", "toe")}
     assert seconds["full"] / seconds["toe"] == pytest.approx(figures["speedup"], rel=1e-9)
+
+
+@pytest.mark.parametrize("name", ["resnet20-kdfs-cifar10", "resnet20-cifar10"])
+def test_resnet20_costs_what_its_card_says(name):
+    """The images are not free to ship; multiply-adds and parameters follow from the checkpoint alone."""
+    if not (CARDS / name).is_dir():
+        pytest.skip("this checkpoint is not trained yet: its folder is not in model_cards/")
+    results = read_results(CARDS / name)
+    model = AutoModelForImageClassification.from_pretrained(CARDS / name, trust_remote_code=True, dtype=torch.float32)
+    macs, parameters = results["details"]["macs"], results["details"]["parameters"]
+    assert count_flops(model, (3, 32, 32)) == macs
+    assert sum(parameter.numel() for parameter in model.parameters()) == parameters
+    assert f"{parameters:,} parameters" in results["summary"]
+    assert f"{macs / 1e6:.1f} M" in results["summary"]

@@ -87,7 +87,11 @@ def test_trials_for_the_recipe_become_a_table(runs, tmp_path):
     (table,) = card.choices_table(tmp_path)
     assert table["columns"] == ["network", "kd weight", "accuracy, %"]
     assert table["rows"] == [["Torch-Pruning", "4", "85.00"], ["Torch-Pruning", "1", "80.00"]]
-    assert "90.00 %" in table["note"]
+    assert "has seen them (90.00 %)" in table["note"]
+    for file in tmp_path.glob("*/*.json"):
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"start": {"epochs": 60.0}}))
+    (table,) = card.choices_table(tmp_path)
+    assert "trained for 60 epochs on the other rows alone (90.00 % on these)" in table["note"]
 
 
 def test_a_network_to_start_from_is_read_as_it_was_written(runs, tmp_path):
@@ -213,8 +217,9 @@ def test_the_comparison_goes_on_where_it_was(repository, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ("--card mine", "--card mine holds other files, which would be deleted: name a new folder."),
+        ("--card mine", "--card: mine holds other files, which would be deleted: name a new folder."),
         ("--card new --arm dense", "--card needs the arm kdfs with seed 0: add them to --arm and --seed."),
+        ("--card new", "--card: w holds no LICENSE, which goes with the networks: put it there."),
         ("--card new --seed 1", "--card needs the arm kdfs with seed 0: add them to --arm and --seed."),
     ],
 )
