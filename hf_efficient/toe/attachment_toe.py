@@ -380,8 +380,14 @@ class ExpandedTraining:
                 `stage_starts`.
 
         Raises:
+            RuntimeError: If the hook is gone: after the `with` block, or where another ToE has taken the model over.
             ValueError: If it is no number, negative, or a share above 1.
         """
+        if not self._attachment.in_place:
+            raise RuntimeError(
+                "`set_progress` must be called inside the `with` block and with one ToE in a model, but its hook is "
+                "gone, so all tokens would be trained on; open one `token_expansion` around the whole training."
+            )
         config = self._attachment.expansion.config
         number = isinstance(progress, Real) and progress >= 0  # NaN is not
         if not number or (progress > 1 and not config.counts_epochs):

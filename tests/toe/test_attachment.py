@@ -241,6 +241,17 @@ def test_progress_in_epochs_and_shares(make_vit):
         expansion.set_progress(2)
 
 
+def test_a_hook_that_is_gone_is_not_silently_plain_training(make_vit):
+    model = make_vit().train()
+    with token_expansion(model) as outer:
+        with token_expansion(model) as inner:
+            inner.set_progress(0.5)
+            with pytest.raises(RuntimeError, match="one ToE in a model, but its hook is gone"):
+                outer.set_progress(0.5)
+        with pytest.raises(RuntimeError, match="open one `token_expansion` around the whole training"):
+            outer.set_progress(0.5)
+
+
 def test_learns_on_toy_data(make_vit, images):
     model = make_vit().train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
