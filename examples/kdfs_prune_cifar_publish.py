@@ -118,7 +118,7 @@ def write_pruned(
                 {"file": "accuracy.png", "caption": "Accuracy of every run; a line marks the mean of an arm."},
                 {"file": "widths.png", "caption": "Filters of every convolution before and after."},
             ],
-            "runs": [{key: run[key] for key in run if key not in ("log", "layers")} for run in runs],
+            "runs": [{key: run[key] for key in run if key not in ("log", "layers", "start")} for run in runs],
             "seeds": sorted({run["seed"] for run in runs}),
             "limits": LIMITS + PRUNED_LIMITS,
             "details": {
