@@ -20,6 +20,7 @@ from torch import nn
 from .tracing_kdfs import ModuleOutput, NetworkRecord, Operation, record_network
 
 
+EXCLUDED = "named by `exclude_layers`"
 CLEAN, DIRTY = 0, -1  # a positive state is 1 + number of the convolution whose unmasked output this is
 
 # fmt: off
@@ -208,12 +209,6 @@ class _Reader:
             )
         elif op.name == "slice" and len(op.arguments) > 1 and op.arguments[1] % len(shape_in) != 1:
             self.put(out, slots, states)
-        elif op.name in ("split", "split_with_sizes") and (*op.arguments, 0)[2] % len(shape_in) == 1:
-            start = 0
-            for number in op.outputs:
-                stop = start + self.record.shapes[number][1]
-                self.put(number, slots[start:stop], states[start:stop])
-                start = stop
         elif op.name in ADDITIONS:
             self.addition(op)
         elif op.name in PRODUCTS:
@@ -242,7 +237,7 @@ class _Reader:
     def move_zero(self, op: Operation, source: int, out: int) -> None:
         slots = self.slots[source]
         for name, layer in self.layers.items():
-            if op.module.startswith(f"{name}.") and layer.masked:  # an activation inside the masked module
+            if f"{op.module}.".startswith(f"{name}.") and layer.masked:  # an activation inside the masked module
                 self.rules.masks_output.add(name)
                 return self.put(out, slots, self.states[source])
         self.put(out, slots, np.full_like(slots, DIRTY))
@@ -286,21 +281,22 @@ class _Reader:
             elif state != CLEAN:
                 self.rules.masked_at_once.add(self.sources[state - 1])
 
-    def owner(self, op: Operation, rows: int) -> tuple[str, nn.Module | None]:
-        module = self.modules.get(op.module)
-        weight = getattr(module, "weight", None)
-        fits = weight is not None and weight.shape[0] == rows and self.record.calls.get(op.module, 0) == 1
-        return op.module, module if fits else None
+    def owner(self, op: Operation) -> tuple[str, nn.Module | None]:
+        """The module that ran a convolution, if it ran once and read its own parameter, not one computed from it."""
+        name = op.module
+        fits = self.record.weights.get(name) == op.inputs[1] and self.record.calls.get(name, 0) == 1
+        return name, self.modules[name] if fits else None
 
     def convolution(self, op: Operation) -> None:
         source, out = op.inputs[0], op.outputs[0]
         self.depths[out] += 1
         slots = self.slot(source)
         shape = self.record.shapes[out]
-        name, module = self.owner(op, self.record.shapes[op.inputs[1]][0])
+        name, module = self.owner(op)
         kind = _conv_kind(module) if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) else "unknown"
         if kind in ("unknown", "grouped"):
-            reason = "it is a grouped convolution" if kind == "grouped" else "it is shared, transposed or no module"
+            reason = "it is shared, transposed, no module or computes its weight anew in every pass"
+            reason = "it is a grouped convolution" if kind == "grouped" else reason
             self.rules.whole.setdefault(name, reason)
             self.pin(slots)
             self.put(out, self.fresh(out), self.fresh(out))
@@ -308,6 +304,9 @@ class _Reader:
                 self.add_conv(name, "grouped", module, self.fresh(source), self.fresh(out), shape)
             return
         if kind == "depthwise":
+            if self.rules.whole.get(name) == EXCLUDED:  # it is as wide as what it reads
+                for producer in self.names(slots):
+                    self.rules.whole.setdefault(producer, f"the depthwise {name} after it is {EXCLUDED}")
             outputs = np.repeat(slots, module.out_channels // module.in_channels)
         else:
             self.demand_clean(source)
@@ -344,13 +343,19 @@ class _Reader:
     def norm_follows(self, number: int) -> bool:
         """Whether one normalisation, and nothing else, reads the tensor."""
         readers = [event for event in self.record.events if isinstance(event, Operation) and number in event.inputs]
-        return len(readers) == 1 and "batch_norm" in readers[0].name and self.record.calls[readers[0].module] == 1
+        return len(readers) == 1 and "batch_norm" in readers[0].name and self.norm_module(readers[0]) is not None
+
+    def norm_module(self, op: Operation) -> nn.Module | None:
+        """The normalisation that ran, if its tensors lie where they can be sliced."""
+        module = self.modules.get(op.module)
+        fits = isinstance(module, nn.modules.batchnorm._BatchNorm) and self.record.calls[op.module] == 1
+        return module if fits else None
 
     def batch_norm(self, op: Operation) -> None:
         source, out = op.inputs[0], op.outputs[0]
         slots = self.slot(source)
-        module = self.modules.get(op.module)
-        if not isinstance(module, nn.modules.batchnorm._BatchNorm) or self.record.calls[op.module] != 1:
+        module = self.norm_module(op)
+        if module is None:
             self.pin(slots)
             return self.put(out, self.fresh(out), self.fresh(out))
         extras = 2 if module.affine else 0
@@ -370,8 +375,8 @@ class _Reader:
         source = op.inputs[1] if op.name == "addmm" else op.inputs[0]
         self.depths[out] += 1
         slots = self.slot(source)
-        whole = isinstance(module, nn.Linear) and self.record.calls[name] == 1 and len(slots) == module.in_features
-        if whole:
+        own = isinstance(module, nn.Linear) and "weight" in module._parameters  # not computed from others
+        if own and self.record.calls[name] == 1 and len(slots) == module.in_features:
             self.demand_clean(source)
             extras = 0 if module.bias is None else 1
             rows = self.record.shapes[out][0]
@@ -431,8 +436,10 @@ def read_structure(
     Args:
         model (`nn.Module`): An image classifier.
         input_shape (`tuple[int, ...]`): `(channels, height, width)` of its images.
-        include (`Iterable[str]`, *optional*): Regular expressions; only matching convolutions are pruned.
-        exclude (`Iterable[str]`, *optional*): Regular expressions; matching convolutions are left whole.
+        include (`Iterable[str]`, *optional*): Regular expressions; only matching convolutions are pruned. Depthwise
+            ones follow those that they read.
+        exclude (`Iterable[str]`, *optional*): Regular expressions; matching convolutions are left whole, and with a
+            depthwise one those that it reads.
 
     Returns:
         [`NetworkStructure`]: Groups, layers and stages.
@@ -450,7 +457,7 @@ def read_structure(
         if include is not None and not any(re.search(pattern, name) for pattern in include):
             rules.whole[name] = "not named by `include_layers`"
         elif any(re.search(pattern, name) for pattern in exclude or ()):
-            rules.whole[name] = "named by `exclude_layers`"
+            rules.whole[name] = EXCLUDED
     record = record_network(model, input_shape)
     while True:
         before = rules.size()
@@ -463,6 +470,7 @@ def read_structure(
         named = any("`" in reason for reason in rules.whole.values())
         remedy = "loosen `include_layers` or `exclude_layers`" if named else "choose another network"
         raise ValueError(f"No convolution of {type(model).__name__} can be pruned ({reasons}); {remedy}.")
-    whole = {name: reason for name, reason in rules.whole.items() if name in reader.modules}
+    followers = {name for name, layer in reader.layers.items() if layer.kind == "depthwise" and layer.outputs.any()}
+    whole = {name: reason for name, reason in rules.whole.items() if name in reader.modules.keys() - followers}
     stages = _stages(reader)
     return NetworkStructure(reader.groups, reader.layers, list(stages), stages, whole, tuple(input_shape[-3:]))

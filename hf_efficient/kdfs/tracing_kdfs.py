@@ -54,12 +54,14 @@ class NetworkRecord:
         events (`list[Operation | ModuleOutput]`): Operations and module returns.
         shapes (`dict[int, tuple[int, ...]]`): Shape of every tensor by its number.
         calls (`dict[str, int]`): How often each module ran.
+        weights (`dict[str, int]`): Number of the parameter `weight` of every module that was read as it is.
         output (`int`): Number of the logits.
     """
 
     events: list[Operation | ModuleOutput] = field(default_factory=list)
     shapes: dict[int, tuple[int, ...]] = field(default_factory=dict)
     calls: dict[str, int] = field(default_factory=dict)
+    weights: dict[str, int] = field(default_factory=dict)
     output: int = -1
 
 
@@ -137,6 +139,9 @@ def record_network(model: nn.Module, input_shape: tuple[int, ...]) -> NetworkRec
 
     Returns:
         [`NetworkRecord`]: Operations with the module that ran them and the returns of all modules.
+
+    Raises:
+        ValueError: If the network does not take such an image, or returns no logits.
     """
     recorder = _Recorder()
     record = recorder.record
@@ -167,11 +172,28 @@ def record_network(model: nn.Module, input_shape: tuple[int, ...]) -> NetworkRec
         image = example_input(model, input_shape)
         with torch.no_grad(), recorder:
             output = model(image)
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(
+            f"{type(model).__name__} cannot take an image of the shape {tuple(input_shape[-3:])} "
+            f"({str(error).splitlines()[0] if str(error) else type(error).__name__}); give images as its processor "
+            "makes them."
+        ) from error
     finally:
         for handle in handles:
             handle.remove()
         for module, training in modes.items():
             module.training = training
+    for name, module in model.named_modules():
+        weight = module._parameters.get("weight")
+        if weight is not None and id(weight) in recorder.numbers:
+            record.weights[name] = recorder.numbers[id(weight)]
     logits = getattr(output, "logits", output)
-    record.output = recorder.number(logits if isinstance(logits, Tensor) else next(_tensors(logits)))
+    if not isinstance(logits, Tensor):
+        logits = next(_tensors(logits), None)
+    if logits is None:
+        raise ValueError(
+            f"`model` must return logits, but {type(model).__name__} returns a {type(output).__name__}; take the "
+            "class with a head for image classification."
+        )
+    record.output = recorder.number(logits)
     return record

@@ -53,6 +53,33 @@ class PlainNetwork(PreTrainedModel):
         return ImageClassifierOutput(logits=self.linear(hidden.mean(dim=(2, 3))))
 
 
+class StandardisedConv(nn.Conv2d):
+    """Its filters have mean 0 and variance 1 over all input channels, those that a mask sets to zero among them."""
+
+    def forward(self, images):
+        variance, mean = torch.var_mean(self.weight, dim=(1, 2, 3), keepdim=True)
+        return self._conv_forward(images, (self.weight - mean) / (variance + 1e-6).sqrt(), self.bias)
+
+
+class FunctionalNorm(nn.Module):
+    """A normalisation whose tensors lie where nobody looks for them."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.linspace(-0.3, 0.3, channels))
+        self.register_buffer("variance", torch.linspace(0.5, 1.5, channels))
+
+    def forward(self, images):
+        return nn.functional.batch_norm(images, self.mean, self.variance)
+
+
+class SigmoidNorm(nn.BatchNorm2d):
+    """Not zero where its scale and shift are."""
+
+    def forward(self, images):
+        return torch.sigmoid(super().forward(images))
+
+
 class UnusualConfig(PreTrainedConfig):
     model_type = "kdfs_test_unusual"
     step: str = "prelu"
@@ -66,10 +93,12 @@ class UnusualNetwork(PreTrainedModel):
     def __init__(self, config: UnusualConfig) -> None:
         super().__init__(config)
         self.conv1 = nn.Conv2d(3, 12, 3, padding=1)
-        self.norm = nn.BatchNorm2d(12)
+        norms = {"functional_norm": FunctionalNorm, "sigmoid_norm": SigmoidNorm}
+        self.norm = norms.get(config.step, nn.BatchNorm2d)(12)
         self.prelu = nn.PReLU(12)
         self.scale = nn.Parameter(torch.linspace(0.5, 1.5, 12))
-        self.conv2 = nn.Conv2d(12, 16, 3, padding=1)
+        conv = StandardisedConv if config.step == "standardised" else nn.Conv2d
+        self.conv2 = conv(12, 16, 3, padding=1)
         self.conv3 = nn.Conv2d(16, 16, 3)
         self.linear = nn.Linear(18 if config.step == "pad_features" else 16, config.num_labels)
         self.post_init()
@@ -88,12 +117,18 @@ class UnusualNetwork(PreTrainedModel):
             hidden = nn.functional.pad(torch.relu(hidden), (1, 1, 1, 1), value=1.0)
         elif step == "mean_of_all":
             hidden = torch.relu(hidden) * torch.relu(hidden).mean()
+        elif step == "split":
+            hidden = torch.cat(torch.relu(hidden).split([4, 8], dim=1)[::-1], dim=1)
         hidden = torch.relu(self.conv3(torch.relu(self.conv2(hidden)))).mean(dim=(2, 3))
+        if step == "fixed_view":
+            hidden = hidden.view(-1, 16)
         if step == "pad_features":
             hidden = nn.functional.pad(hidden, (1, 1))
         return ImageClassifierOutput(logits=self.linear(hidden))
 
 
+UNUSUAL_STEPS = ["prelu", "scale", "pad_with_ones", "mean_of_all", "pad_features"]
+UNUSUAL_STEPS += ["standardised", "functional_norm", "sigmoid_norm", "split", "fixed_view"]
 AutoConfig.register(PlainConfig.model_type, PlainConfig, exist_ok=True)
 AutoConfig.register(UnusualConfig.model_type, UnusualConfig, exist_ok=True)
 AutoModelForImageClassification.register(UnusualConfig, UnusualNetwork, exist_ok=True)
@@ -130,10 +165,7 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], int]] = {
         32,
     ),
     "plain": (lambda: PlainNetwork(PlainConfig(num_labels=5)), 12),
-    **{
-        step: (lambda step=step: UnusualNetwork(UnusualConfig(step=step, num_labels=5)), 12)
-        for step in ("prelu", "scale", "pad_with_ones", "mean_of_all", "pad_features")
-    },
+    **{step: (lambda step=step: UnusualNetwork(UnusualConfig(step=step, num_labels=5)), 12) for step in UNUSUAL_STEPS},
     "timm_resnet": (lambda: _timm("resnet18", layers=[1, 1, 1, 1], channels=[16, 16, 24, 32]), 32),
     "timm_densenet": (lambda: _timm("densenet121", block_config=[3, 3], growth_rate=8), 32),
     "timm_vgg_bn": (lambda: _timm("vgg11_bn", mlp_ratio=0.01), 32),

@@ -62,7 +62,11 @@ def test_the_sliced_network_is_the_masked_one(network, slice_randomly, family):
     assert sum(after < before for before, after in counts) >= len(counts) // 3
 
 
-@pytest.mark.parametrize("step", ["prelu", "scale", "pad_with_ones", "mean_of_all", "pad_features"])
+STEPS = ["prelu", "scale", "pad_with_ones", "mean_of_all", "pad_features"]
+STEPS += ["standardised", "functional_norm", "sigmoid_norm", "split"]
+
+
+@pytest.mark.parametrize("step", STEPS)
 def test_steps_with_values_of_their_own_are_exact(network, slice_randomly, step):
     """What cannot be sliced (a parameter per channel) or is not zero at zero gets its filters scattered before it."""
     model, shape = network(step)
@@ -138,6 +142,20 @@ def test_a_depthwise_convolution_follows_its_producer(network, slice_randomly):
     assert (layers[f"{block}.conv_3x3.convolution"].outputs == layers[f"{block}.expand_1x1.convolution"].outputs).all()
     conv = pruned.network.get_submodule(f"{block}.conv_3x3.convolution")
     assert conv.groups == conv.in_channels == conv.out_channels < layers[f"{block}.conv_3x3.convolution"].inputs.size
+
+
+def test_an_excluded_depthwise_convolution_stays_whole(network, slice_randomly):
+    """It is as wide as what it reads, so that stays whole as well; one that is merely not included follows."""
+    model, shape = network("mobilenet_v2")
+    block = "mobilenet_v2.layer.1"
+    _, pruned = slice_randomly(model, shape, target_flops_reduction=0.2, exclude_layers=["conv_3x3"])
+    for name in (f"{block}.conv_3x3.convolution", f"{block}.expand_1x1.convolution"):
+        assert pruned.network.get_submodule(name).out_channels == model.get_submodule(name).out_channels
+    structure = read_structure(model, shape, exclude=["conv_3x3"])
+    assert "named by `exclude_layers`" in structure.whole[f"{block}.expand_1x1.convolution"]
+    only = read_structure(model, shape, include=["expand_1x1"])
+    assert (only.layers[f"{block}.conv_3x3.convolution"].outputs > 0).all()
+    assert f"{block}.conv_3x3.convolution" not in only.whole
 
 
 def test_every_reader_of_a_preactivation_network_is_masked(network, mask):
@@ -279,3 +297,16 @@ def test_masks_must_be_frozen_before_slicing(network, mask):
 def test_depth_is_six_n_plus_two(depth):
     with pytest.raises((ValueError, TypeError), match=str(depth)):
         CifarResNetForImageClassification(CifarResNetConfig(depth=depth))
+
+
+def parametrized(model):
+    nn.utils.parametrizations.weight_norm(model.conv2)
+    return model
+
+
+def test_a_weight_that_is_computed_is_left_whole(network):
+    model, shape = network("plain")
+    structure = read_structure(parametrized(model), shape)
+    assert {group.name for group in structure.groups} == {"conv1"}
+    assert structure.layers["conv1"].scattered
+    assert "computes its weight" in structure.whole["conv2"]
