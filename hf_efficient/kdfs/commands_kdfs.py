@@ -3,6 +3,7 @@
 import argparse
 import importlib.util
 import io
+import os
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -131,7 +132,7 @@ def run_prune(arguments: argparse.Namespace) -> dict[str, Any]:
         )
     train, test = _load_data(arguments, pruner.processing_class, pruner.model.config)
     args = TrainingArguments(
-        output_dir=str(output.with_name(f"{output.name}-training")),
+        output_dir=f"{os.path.abspath(output)}-training",
         num_train_epochs=arguments.epochs,
         max_steps=arguments.max_steps or -1,
         per_device_train_batch_size=arguments.batch_size,

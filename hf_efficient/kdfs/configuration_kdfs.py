@@ -1,5 +1,6 @@
 """Settings of a KDFS run: every number of the paper as one checked field."""
 
+import math
 import re
 from collections.abc import Callable
 
@@ -10,7 +11,7 @@ Rule = tuple[str, Callable[[object], bool]]
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _is_count(value: object) -> bool:
@@ -98,9 +99,11 @@ class KDFSConfig(BaseConfig):
         round_to (`int`, *optional*, defaults to 1):
             Kept counts are multiples of this number, or the whole layer. 8 suits vector units.
         include_layers (`list[str]`, *optional*):
-            Regular expressions; only convolutions whose name contains a match are pruned. `None`: all.
+            Regular expressions; only convolutions whose name contains a match are pruned. `None`: all. Depthwise ones
+            follow those that they read.
         exclude_layers (`list[str]`, *optional*):
-            Regular expressions; convolutions whose name contains a match are left whole.
+            Regular expressions; convolutions whose name contains a match are left whole, and with a depthwise one
+            those that it reads.
 
     Raises:
         ValueError: If a field is outside its range or its name is unknown.

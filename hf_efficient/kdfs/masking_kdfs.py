@@ -22,6 +22,8 @@ from .structure_kdfs import NetworkStructure
 
 logger = logging.get_logger(__name__)
 
+CHECKPOINTING = ("activation_checkpointing", "gradient_checkpointing", "grad_checkpointing")  # transformers, timm
+
 
 @dataclass
 class KDFSMaskedOutput(ModelOutput):
@@ -129,7 +131,7 @@ class KDFSMaskedModel(nn.Module):
         config ([`KDFSConfig`]): Settings of the run.
 
     Raises:
-        ValueError: If the target cannot be reached.
+        ValueError: If the target cannot be reached, or the network recomputes its activations.
     """
 
     accepts_loss_kwargs = False
@@ -137,6 +139,8 @@ class KDFSMaskedModel(nn.Module):
 
     def __init__(self, network: nn.Module, structure: NetworkStructure, config: KDFSConfig) -> None:
         super().__init__()
+        if any(getattr(module, flag, False) is True for module in network.modules() for flag in CHECKPOINTING):
+            self.activation_checkpointing_enable()
         self.structure = structure
         self.pruning_config = config
         self.cost = build_cost_model(network, structure)
@@ -170,6 +174,20 @@ class KDFSMaskedModel(nn.Module):
         for name, layer in structure.layers.items():
             if layer.masked:
                 _MaskedModule(self, network.get_submodule(name), layer.outputs, layer.masks_output)
+
+    def activation_checkpointing_enable(self, **kwargs: Any) -> None:
+        """Refuse: masks exist while a forward pass runs, and activations would be computed again after it.
+
+        Args:
+            kwargs (`Any`): As of [`~transformers.PreTrainedModel.activation_checkpointing_enable`].
+
+        Raises:
+            ValueError: Always.
+        """
+        raise ValueError(
+            "Activation checkpointing (gradient checkpointing) must be off while masks are learned, but is on; switch "
+            "it off in the arguments and in the model, or take smaller batches with `gradient_accumulation_steps`."
+        )
 
     def _initial_logits(self, name: str) -> Tensor:
         layer = next(

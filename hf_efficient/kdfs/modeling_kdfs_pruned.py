@@ -123,6 +123,8 @@ def apply_widths(network: nn.Module, widths: dict[str, list[int]], scattered: di
                 "the checkpoint does not fit its base network."
             )
     for name, (in_channels, out_channels) in widths.items():
+        if isinstance(modules[name], nn.Linear):  # never loses an output, but may have got a head for other labels
+            out_channels = modules[name].out_features
         resize_layer(modules[name], in_channels, out_channels)
     for name, channels in scattered.items():
         scatter_layer(modules[name], channels)

@@ -22,7 +22,7 @@ from .configuration_kdfs import RULES, KDFSConfig
 from .flops_kdfs import count_flops
 from .masking_kdfs import KDFSMaskedModel
 from .modeling_kdfs_pruned import KDFSPrunedModelForImageClassification
-from .slicing_kdfs import host_network, slice_network, write_back
+from .slicing_kdfs import check_model, host_network, slice_network, write_back
 from .structure_kdfs import read_structure
 from .tracing_kdfs import example_input
 from .trainer_kdfs import DistillationTrainer, KDFSTrainer, check_teacher, first_image, name_progress
@@ -258,7 +258,7 @@ class KDFSPruner:
             pruning_config ([`KDFSConfig`]): Settings of the method.
             train_dataset (`Dataset`): Yields `pixel_values` and `labels`.
             eval_dataset (`Dataset`, *optional*): Likewise.
-            args (`TrainingArguments`, *optional*): For both phases together; default: 20 epochs of AdamW.
+            args (`TrainingArguments`, *optional*): For both phases together, not pushed; default: 20 epochs of AdamW.
             processing_class (`Any`, *optional*): Image processor, saved too.
             data_collator (`Any`, *optional*): As of [`~transformers.Trainer`].
             compute_metrics (`Any`, *optional*): Likewise.
@@ -292,7 +292,7 @@ class KDFSPruner:
         args = args or self._default_arguments(save_directory)
         self.processing_class = processing_class or self.processing_class
         masked = self._mask(pruning_config, input_shape)
-        teacher = copy.deepcopy(self.model) if self.teacher is None else self.teacher
+        teacher = copy.deepcopy(self.model) if self.teacher in (None, self.model) else self.teacher
         common = {
             "train_dataset": train_dataset,
             "eval_dataset": eval_dataset,
@@ -338,7 +338,7 @@ class KDFSPruner:
 
     def _default_arguments(self, save_directory: Path) -> TrainingArguments:
         return TrainingArguments(
-            output_dir=str(save_directory.with_name(f"{save_directory.name}-training")),
+            output_dir=f"{os.path.abspath(save_directory)}-training",
             num_train_epochs=20,
             per_device_train_batch_size=128,
             learning_rate=2e-3,
@@ -361,7 +361,9 @@ class KDFSPruner:
         ]
         if left:
             logger.warning("These layers cannot be pruned and are left whole: %s.", ", ".join(left))
-        return KDFSMaskedModel(network, structure, config)
+        masked = KDFSMaskedModel(network, structure, config)
+        check_model(masked, self.model)
+        return masked
 
     def _fingerprint(
         self, config: KDFSConfig, args: TrainingArguments, sampling_steps: int, tuning_steps: int
@@ -417,8 +419,8 @@ class KDFSPruner:
         }
 
     def _save(self, save_directory: Path, config: KDFSConfig) -> None:
-        """Everything goes to a sibling folder first, so that the checkpoint appears whole or not at all."""
-        unfinished = save_directory.with_name(f".{save_directory.name}-{uuid.uuid4().hex}")
+        """Everything goes to a hidden folder first, so that the checkpoint appears whole or not at all."""
+        unfinished = save_directory / f".{uuid.uuid4().hex}"  # inside: nothing may be written beside a mounted folder
         try:
             self.pruned_model.save_pretrained(unfinished)
             config.save_pretrained(unfinished)
@@ -426,7 +428,6 @@ class KDFSPruner:
             if self.processing_class is not None and not timm:
                 self.processing_class.save_pretrained(unfinished)
             write_report(unfinished, self.report)
-            save_directory.mkdir(parents=True, exist_ok=True)
             for name in DERIVED:  # of an earlier pruning, with other weights
                 (save_directory / name).unlink(missing_ok=True)
             files = sorted(unfinished.iterdir(), key=lambda path: path.name == "config.json")

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from .configuration_kdfs_pruned import KDFSPrunedConfig
 from .masking_kdfs import KDFSMaskedModel
 from .modeling_kdfs_pruned import KDFSPrunedModelForImageClassification
+from .sampling_kdfs import fit_masks
 from .structure_kdfs import Layer
 
 
@@ -132,7 +133,82 @@ def slice_network(masked: KDFSMaskedModel, model: PreTrainedModel) -> KDFSPruned
             state[f"{name}.filter_index"] = old
     pruned.to(kept.device, next(source.parameters()).dtype)  # before loading: no weight passes through a coarser type
     pruned.network.load_state_dict(state)
+    for name, parameter in source.named_parameters():  # what was frozen stays frozen
+        pruned.network.get_parameter(name).requires_grad_(parameter.requires_grad)
     return pruned.eval()
+
+
+def _check_kind(network: nn.Module, model: nn.Module) -> None:
+    kind = type(model).__name__
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(
+            f"`model` must be an image classifier of transformers, but has the class {kind}; a network of timm "
+            "becomes one through TimmWrapperForImageClassification, a compiled one is handed in as it was before."
+        )
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError(
+            "`model` must have weights that train, but all are frozen (a teacher's stay so); call "
+            "`model.requires_grad_(True)`."
+        )
+    problem = getattr(model.config, "problem_type", None)
+    if problem not in (None, "single_label_classification"):
+        raise ValueError(
+            f"`model` must choose one class per image, but its `problem_type` is {problem!r}; KDFS trains with the "
+            "cross entropy alone."
+        )
+    names: dict[tuple, str] = {}
+    for name, value in network.state_dict().items():
+        twin = names.setdefault((value.data_ptr(), value.shape), name) if value.numel() else name
+        if twin != name:
+            raise ValueError(
+                f"`model` must hold every tensor under one name, but {twin} and {name} are the same, which "
+                "checkpoints cannot hold; give both modules weights of their own, or call one module twice."
+            )
+
+
+@torch.no_grad()
+def check_model(masked: KDFSMaskedModel, model: PreTrainedModel) -> None:
+    """Refuse a network that cannot be sliced, before it is trained: cut one at random masks and compare the answers.
+
+    A head that the configuration does not know of, or a `forward` with numbers of channels in it, would else show
+    when the masks are learned. Neither network changes, nor does the state of the random numbers.
+
+    Args:
+        masked ([`KDFSMaskedModel`]): With any masks.
+        model (`PreTrainedModel`): The model before masking.
+
+    Raises:
+        ValueError: If the model is none of transformers', is frozen, chooses no single class, holds a tensor
+            twice, is not what its configuration builds, or the smaller network does not compute what the masked one
+            does.
+    """
+    _check_kind(masked.network, model)
+    kind, config = type(model).__name__, masked.pruning_config
+    trial = copy.deepcopy(masked).eval()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        logits = [torch.randn(size, 2) for size in masked.sizes]
+        masks = fit_masks(logits, masked.cost, config.keep_share, config.min_filters, config.round_to)
+        trial.frozen_masks.copy_(torch.cat(masks))
+        trial.masks_frozen.fill_(True)
+        reference = next(trial.network.parameters())
+        images = torch.randn(2, *masked.structure.input_shape).to(reference.device, reference.dtype)
+        expected = trial(images).logits.float()
+        try:
+            got = slice_network(trial, model)(images).logits.float()
+        except (RuntimeError, ValueError, AttributeError, TypeError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise ValueError(
+                f"`model` must be what its configuration builds, with a `forward` that takes any number of channels, "
+                f"but a smaller {kind} fails ({reason}); leave such layers whole with `exclude_layers`, or use the "
+                "class of transformers as it is."
+            ) from error
+    tolerance = 0.02 if reference.element_size() > 2 else 0.2  # rounding is far below, also that of TF32
+    if got.shape != expected.shape or (got - expected).abs().max() > tolerance * expected.abs().max() + 1e-6:
+        raise ValueError(
+            f"`model` must compute the same without the filters that a mask sets to zero, but a smaller {kind} gives "
+            "other answers; leave the layers that differ whole with `exclude_layers`."
+        )
 
 
 @torch.no_grad()

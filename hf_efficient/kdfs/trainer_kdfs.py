@@ -1,6 +1,7 @@
 """Two trainers: distillation from a teacher, and the sampling phase that learns masks on top of it."""
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -47,6 +48,33 @@ def check_teacher(teacher: nn.Module, model: nn.Module) -> None:
         )
 
 
+def check_arguments(args: TrainingArguments | None, compute_loss_func: Any | None = None) -> None:
+    """Refuse what a [`~transformers.Trainer`] does and these do not.
+
+    Args:
+        args (`TrainingArguments`, *optional*): Settings of the training.
+        compute_loss_func (`Any`, *optional*): A loss to take in place of the model's.
+
+    Raises:
+        ValueError: If `label_smoothing_factor` or `compute_loss_func` asks for another loss, or one process sees
+            several GPUs, among which a Trainer would split every batch without the masks.
+    """
+    if compute_loss_func is not None:
+        raise ValueError("`compute_loss_func` must be None, since the losses are those of KDFS; leave it out.")
+    if args is None:
+        return
+    if args.label_smoothing_factor:
+        raise ValueError(
+            f"`label_smoothing_factor` must be 0, but is {args.label_smoothing_factor}; the teacher's answers soften "
+            "the labels: raise `kd_weight` instead."
+        )
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"Every process must have one GPU, but this one sees {args.n_gpu}; start it with `accelerate launch` or "
+            "`torchrun`, or let it see one with CUDA_VISIBLE_DEVICES=0."
+        )
+
+
 class NamedProgress(ProgressCallback):
     """The Trainer's progress bar with a name before it.
 
@@ -80,12 +108,16 @@ class DistillationTrainer(PushesNoPickles, Trainer):
     """Cross entropy plus distillation, `CE + kd_weight * T^2 KL(teacher || student)`, for any image classifier.
 
     Args:
-        teacher (`nn.Module`, *optional*): Returns `.logits`. It is moved to the device of the training, put into
-            evaluation mode and frozen, and stays so; hand in a copy if you train it elsewhere. `None`: cross entropy
-            alone.
+        teacher (`nn.Module`, *optional*): Returns logits or `.logits`. It is moved to the device of the training, put
+            into evaluation mode and frozen, and stays so; hand in a copy if you train it elsewhere. `None`: cross
+            entropy alone.
         kd_weight (`float`, *optional*, defaults to 0.05): Weight of the distillation loss.
         kd_temperature (`float`, *optional*, defaults to 3.0): Its temperature.
-        kwargs (`Any`): As of [`~transformers.Trainer`].
+        kwargs (`Any`): As of [`~transformers.Trainer`], without a loss of your own.
+
+    Raises:
+        ValueError: If `label_smoothing_factor` or `compute_loss_func` asks for another loss, or one process sees
+            several GPUs.
     """
 
     loss_is_scaled_for_ga = False  # every micro step is a mean over its images: Trainer divides by their number
@@ -98,6 +130,7 @@ class DistillationTrainer(PushesNoPickles, Trainer):
         kd_temperature: float = 3.0,
         **kwargs: Any,
     ) -> None:
+        check_arguments(kwargs.get("args", args[1] if len(args) > 1 else None), kwargs.get("compute_loss_func"))
         super().__init__(*args, **kwargs)
         self.kd_weight, self.kd_temperature = kd_weight, kd_temperature
         self.teacher = None if teacher is None else teacher.to(self.args.device).eval().requires_grad_(False)
@@ -177,8 +210,20 @@ class DistillationTrainer(PushesNoPickles, Trainer):
         if self.teacher is None or self.kd_weight == 0:
             return {}
         with torch.no_grad(), self.accelerator.autocast():
-            teacher_logits = self.teacher(pixel_values).logits
+            teacher_logits = self.teacher_logits(pixel_values)
         return {"distillation": distillation_loss(output.logits, teacher_logits, self.kd_temperature)}
+
+    def teacher_logits(self, pixel_values: Tensor) -> Tensor:
+        """What the teacher answers.
+
+        Args:
+            pixel_values (`torch.FloatTensor` of shape `(batch, channels, height, width)`): The images.
+
+        Returns:
+            `torch.FloatTensor` of shape `(batch, labels)`.
+        """
+        output = self.teacher(pixel_values)
+        return getattr(output, "logits", output)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the mean of every part of the loss since the last log.
@@ -234,10 +279,13 @@ class KDFSTrainer(DistillationTrainer):
             check_teacher(teacher, model.network if masked else model)
         if not masked:
             shape = input_shape or tuple(first_image(kwargs.get("train_dataset")).shape)
+            network = host_network(
+                model
+            )  # so that slice_network(trainer.model, model) finds the names of a pruned one
             structure = read_structure(
-                model, shape, self.pruning_config.include_layers, self.pruning_config.exclude_layers
+                network, shape, self.pruning_config.include_layers, self.pruning_config.exclude_layers
             )
-            model = KDFSMaskedModel(model, structure, self.pruning_config)
+            model = KDFSMaskedModel(network, structure, self.pruning_config)
         super().__init__(
             model,
             args,
@@ -371,7 +419,7 @@ class KDFSTrainer(DistillationTrainer):
         if self.teacher is None or (config.kd_weight == 0 and self.teacher_taps is None):
             return losses
         with torch.no_grad(), self.accelerator.autocast():
-            teacher_logits = self.teacher(pixel_values).logits
+            teacher_logits = self.teacher_logits(pixel_values)
         if config.kd_weight > 0:
             losses["distillation"] = distillation_loss(output.logits, teacher_logits, config.kd_temperature)
         if self.teacher_taps is not None:
@@ -391,17 +439,35 @@ def first_image(dataset: Any) -> Tensor:
         `torch.FloatTensor` of shape `(channels, height, width)`.
 
     Raises:
-        ValueError: If there is no dataset, or its rows lack `pixel_values` or `labels`.
+        ValueError: If there is no dataset, its rows lack `pixel_values` or `labels`, or the image is none.
     """
     if dataset is None:
         raise ValueError("`train_dataset` must yield `pixel_values` and `labels`, but is None; hand in a dataset.")
     row = next(iter(dataset), None)
     if row is None:
         raise ValueError("`train_dataset` must have rows, but is empty; hand in a dataset with images.")
+    if not isinstance(row, Mapping):
+        raise ValueError(
+            f"`train_dataset` must yield mappings with `pixel_values` and `labels`, but yields a "
+            f"{type(row).__name__}; wrap it in a dataset that names them."
+        )
     for name in ("pixel_values", "labels"):
         if name not in row and not (name == "labels" and "label" in row):  # the default collator renames it
             raise ValueError(
                 f"`train_dataset` must yield `pixel_values` and `labels`, but its rows hold {sorted(row)}; "
                 f"rename or add the column `{name}`."
             )
-    return torch.as_tensor(row["pixel_values"])
+    image = row["pixel_values"]
+    try:
+        image = torch.as_tensor(image)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"`pixel_values` must be a tensor, but are a {type(image).__name__}; an image processor makes one of a "
+            "picture."
+        ) from error
+    if image.dim() != 3:
+        raise ValueError(
+            f"`pixel_values` of a row must have the axes (channels, height, width), but have the shape "
+            f"{tuple(image.shape)}; take the first of what an image processor returns."
+        )
+    return image

@@ -167,6 +167,19 @@ def test_a_plain_trainer_goes_on(network, slice_randomly, arguments, toy_data):
     assert set(changed) >= {name for name, _ in pruned.named_parameters()}
 
 
+def test_a_pruned_network_gets_a_head_for_other_labels(network, slice_randomly, tmp_path):
+    """Where the last convolution lost filters, the width of the old head stands in the configuration."""
+    model, shape = network("plain")
+    _, pruned = slice_randomly(model, shape, target_flops_reduction=0.3)
+    assert "linear" in pruned.config.widths
+    pruned.save_pretrained(tmp_path)
+    loaded = AutoModelForImageClassification.from_pretrained(tmp_path, num_labels=3, ignore_mismatched_sizes=True)
+    assert loaded(torch.zeros(2, *shape)).logits.shape == (2, 3)
+    loaded.save_pretrained(tmp_path / "again")
+    again = AutoModelForImageClassification.from_pretrained(tmp_path / "again")
+    assert again(torch.zeros(2, *shape)).logits.shape == (2, 3)
+
+
 @pytest.mark.parametrize("family", ["cifar_resnet", pytest.param("mobilenet_v2", marks=pytest.mark.slow)])
 def test_onnx_gives_the_same_answers_at_any_batch_size(network, slice_randomly, tmp_path, family):
     import onnxruntime

@@ -2,6 +2,8 @@
 
 import copy
 import json
+import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from hf_efficient import (
 from hf_efficient.kdfs.losses_kdfs import distillation_loss
 from hf_efficient.kdfs.modeling_kdfs_pruned import scatter_channels
 from hf_efficient.kdfs.pruner_kdfs import last_whole_checkpoint, measure_latency
+from hf_efficient.kdfs.slicing_kdfs import check_model
 
 
 SHAPE = (3, 16, 16)
@@ -433,3 +436,118 @@ def test_named_classes_are_saved(tmp_path):
     cifar(id2label=names).save_pretrained(tmp_path)
     config = CifarResNetForImageClassification.from_pretrained(tmp_path).config
     assert (config.id2label, config.label2id) == (names, {word: number for number, word in names.items()})
+
+
+class NoPretrainedModel(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8)
+        self.next, self.linear = torch.nn.Conv2d(8, 8, 3), torch.nn.Linear(8, 4)
+
+    def forward(self, pixel_values):
+        return self.linear(self.next(torch.relu(self.norm(self.conv(pixel_values)))).relu().mean(dim=(2, 3)))
+
+
+def other_head():
+    model = cifar()
+    model.linear = torch.nn.Sequential(torch.nn.Linear(16, 8), torch.nn.ReLU(), torch.nn.Linear(8, 4))
+    return model
+
+
+def one_module_twice():
+    model = cifar()
+    model.cifar_resnet.layer3[0].conv2 = model.cifar_resnet.layer2[0].conv2
+    return model
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (NoPretrainedModel, "`model` must be an image classifier of transformers, but has the class NoPretr"),
+        (lambda: torch.compile(cifar(), backend="eager"), "but has the class OptimizedModule"),
+        (lambda: cifar().requires_grad_(False), "`model` must have weights that train, but all are frozen"),
+        (lambda: cifar(problem_type="multi_label_classification"), "`problem_type` is 'multi_label_classification'"),
+        (one_module_twice, r"under one name, but cifar\S+ and cifar\S+ are the same"),
+        (other_head, "what its configuration builds, .* but a smaller CifarResNetForImageClassification fails"),
+        ("fixed_view", r"any number of channels, but a smaller UnusualNetwork fails \(shape"),
+    ],
+)
+def test_what_cannot_be_sliced_is_refused_before_training(
+    arguments, toy_data, tmp_path, network, monkeypatch, make, message
+):
+    """Else the masks are learned, for hours, and then there is no smaller network."""
+    monkeypatch.setattr("hf_efficient.kdfs.pruner_kdfs.KDFSTrainer.train", lambda *a, **k: pytest.fail("training"))
+    model = make() if callable(make) else network(make)[0]
+    with pytest.raises(ValueError, match=message):
+        KDFSPruner(model).prune(tmp_path / "out", KDFSConfig(target_flops_reduction=0.3), toy_data(), args=arguments())
+
+
+def test_the_check_before_training_draws_no_random_numbers(network, mask):
+    model, shape = network("cifar_resnet")
+    masked = mask(model, shape, target_flops_reduction=0.3)
+    before = torch.get_rng_state(), copy.deepcopy(masked.state_dict())
+    check_model(masked, model)
+    assert torch.equal(before[0], torch.get_rng_state())
+    assert all(torch.equal(value, masked.state_dict()[name]) for name, value in before[1].items())
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([(torch.zeros(SHAPE), 1)], "must yield mappings with `pixel_values` and `labels`, but yields a tuple"),
+        ([{"pixel_values": torch.zeros(1, *SHAPE), "labels": 1}], r"but have the shape \(1, 3, 16, 16\)"),
+        ([{"pixel_values": object(), "labels": 1}], "`pixel_values` must be a tensor, but are a object"),
+        ([{"pixel_values": torch.zeros(1, 16, 16), "labels": 1}], r"cannot take an image of the shape \(1, 16, 16\)"),
+    ],
+)
+def test_rows_that_are_no_images_are_refused(arguments, tmp_path, rows, message):
+    with pytest.raises(ValueError, match=message):
+        KDFSPruner(cifar()).prune(tmp_path / "out", KDFSConfig(target_flops_reduction=0.3), rows, args=arguments())
+
+
+def test_a_backbone_is_refused(arguments, toy_data, tmp_path):
+    with pytest.raises(ValueError, match="must return logits, but CifarResNetModel returns"):
+        KDFSPruner(cifar().cifar_resnet).prune(tmp_path / "out", KDFSConfig(), toy_data(), args=arguments())
+
+
+def test_the_present_folder_is_a_folder(arguments, toy_data, tmp_path, monkeypatch):
+    """Nothing is written beside it: a mounted folder often lies where nothing else may be."""
+    inside = tmp_path / "inside"
+    inside.mkdir()
+    monkeypatch.chdir(inside)
+    made = []
+    rename = os.replace
+    monkeypatch.setattr(os, "replace", lambda source, target: made.append(Path(source)) or rename(source, target))
+    config = KDFSConfig(target_flops_reduction=0.3)
+    KDFSPruner(cifar()).prune(".", config, toy_data(), args=arguments(max_steps=1))
+    assert KDFSPruner.from_pretrained(inside).model.config.model_type == "kdfs_pruned"
+    saved = [path for path in made if path.name == "model.safetensors"]
+    assert [path.parent.parent.resolve() for path in saved] == [inside]
+    assert not [path.name for path in inside.iterdir() if path.name.startswith(".")]
+    assert KDFSPruner(cifar())._default_arguments(Path(".")).output_dir == f"{inside}-training"
+
+
+def test_a_model_that_is_its_own_teacher_is_left_as_it_is(arguments, toy_data, tmp_path):
+    model = cifar().train()
+    KDFSPruner.from_pretrained(model, teacher=model).prune(
+        tmp_path / "out", KDFSConfig(target_flops_reduction=0.3), toy_data(), args=arguments(max_steps=2)
+    )
+    assert model.training
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_frozen_layers_stay_frozen_in_both_phases(arguments, toy_data, tmp_path):
+    model = cifar()
+    model.cifar_resnet.conv1.requires_grad_(False)
+    pruner = KDFSPruner(model)
+    config = KDFSConfig(target_flops_reduction=0.3, exclude_layers=[r"resnet\.conv1$"])
+    pruner.prune(tmp_path / "out", config, toy_data(), args=arguments(learning_rate=0.1))
+    pruned = pruner.pruned_model.network
+    assert torch.equal(pruned.cifar_resnet.conv1.weight, model.cifar_resnet.conv1.weight)
+    assert not torch.equal(pruned.linear.weight, model.linear.weight)
+
+
+def test_a_teacher_may_return_bare_logits(arguments, toy_data, tmp_path):
+    pruner = KDFSPruner(cifar(), teacher=NoPretrainedModel())
+    pruner.prune(tmp_path / "out", KDFSConfig(target_flops_reduction=0.3), toy_data(), args=arguments(max_steps=2))
+    assert all("distillation" in entry for entry in pruner.history if "loss" in entry)

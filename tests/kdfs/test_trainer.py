@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainingArguments
 
 from hf_efficient import CifarResNetConfig, CifarResNetForImageClassification, KDFSConfig, KDFSTrainer
+from hf_efficient.kdfs.slicing_kdfs import slice_network
 from hf_efficient.kdfs.trainer_kdfs import DistillationTrainer
 
 
@@ -241,6 +242,42 @@ def test_mixed_precision_ends_with_the_training(arguments, toy_data):
     assert seen == [torch.float32]
 
 
+@pytest.mark.parametrize("trainer_class", [DistillationTrainer, KDFSTrainer])
+def test_what_these_trainers_do_not_do_is_refused(arguments, toy_data, monkeypatch, trainer_class):
+    """Label smoothing and another loss were left out in silence; among GPUs a Trainer splits a batch without masks."""
+    with pytest.raises(ValueError, match=r"`label_smoothing_factor` must be 0, but is 0\.1"):
+        trainer_class(cifar(), arguments(label_smoothing_factor=0.1), train_dataset=toy_data())
+    with pytest.raises(ValueError, match="`compute_loss_func` must be None"):
+        trainer_class(cifar(), arguments(), train_dataset=toy_data(), compute_loss_func=lambda *a, **k: None)
+    monkeypatch.setattr(TrainingArguments, "n_gpu", property(lambda self: 2))
+    with pytest.raises(ValueError, match="Every process must have one GPU, but this one sees 2"):
+        trainer_class(cifar(), arguments(), train_dataset=toy_data())
+
+
+def test_activations_are_not_computed_again(arguments, toy_data):
+    """That happens after the forward pass, when there are no masks."""
+    trainer = KDFSTrainer(cifar(), arguments(gradient_checkpointing=True), KDFSConfig(), train_dataset=toy_data())
+    with pytest.raises(ValueError, match="must be off while masks are learned"):
+        trainer.train()
+    model = cifar()
+    model.cifar_resnet.grad_checkpointing = True  # as in timm
+    with pytest.raises(ValueError, match="must be off while masks are learned"):
+        KDFSTrainer(model, arguments(), KDFSConfig(), train_dataset=toy_data())
+
+
+def test_a_pruned_network_goes_through_the_sampling_phase(network, slice_randomly, arguments, toy_data):
+    model, shape = network("cifar_resnet")
+    _, once = slice_randomly(model, shape, target_flops_reduction=0.2)
+    config = KDFSConfig(target_flops_reduction=0.2)
+    trainer = KDFSTrainer(once, arguments(max_steps=1), config, copy.deepcopy(once), train_dataset=toy_data())
+    trainer.train()
+    trainer.model.freeze_masks()
+    twice = slice_network(trainer.model, once)
+    images = torch.randn(2, *shape)
+    with torch.no_grad():
+        assert far(twice(images).logits, trainer.model.eval()(images).logits) < 1e-5
+
+
 def test_a_label_the_model_lacks_is_refused(arguments):
     rows = [{"pixel_values": torch.zeros(3, 8, 8), "labels": label} for label in (0, 1, 2, 12)]
     trainer = KDFSTrainer(cifar(), arguments(), KDFSConfig(), train_dataset=rows)
@@ -267,6 +304,8 @@ def test_a_dataset_without_labels_is_refused(arguments, rows, message):
         ("min_filters", 0),
         ("round_to", 1.5),
         ("include_layers", "conv"),
+        ("initial_keep_margin", float("nan")),
+        ("flops_weight", float("inf")),
     ],
 )
 def test_settings_outside_their_range(field, value):
