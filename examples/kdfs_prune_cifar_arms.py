@@ -164,6 +164,7 @@ def run_arm(
         model = start_network(arm, teacher, train, seed, results)
         extra["log"] = fit(arm, model, teacher, train, folder, options, seed, clock)
     extra["log"] = short(extra["log"])
+    model = model.to("cpu")  # where all networks are judged and timed, also after training on a GPU
     print(f"{name} seed {seed}: trained; measuring latency and accuracy", flush=True)
     dense, macs = count_flops(teacher, SHAPE), count_flops(model, SHAPE)
     latency = {

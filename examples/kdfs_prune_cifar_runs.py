@@ -92,7 +92,11 @@ def read_start(weights: Path | None) -> dict[str, Any] | None:
 
 def recipe(options: Any, arm: Any) -> dict[str, Any]:
     """What must be equal for two runs of an arm to be compared."""
-    return {name: getattr(options, name) for name in options_of(arm)} | {"epochs": epochs_of(options, arm.depth)}
+    start = read_start(options.weights)
+    return {name: getattr(options, name) for name in options_of(arm)} | {
+        "epochs": epochs_of(options, arm.depth),
+        "start": start and start["accuracy"],  # None: the network that was given
+    }
 
 
 def check_recipe(result: dict[str, Any], expected: dict[str, Any], folder: Path) -> None:

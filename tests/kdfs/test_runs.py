@@ -56,17 +56,20 @@ def test_another_recipe_is_refused(runs, tmp_path):
         runs.check_recipe(result(), {"epochs": 5.0}, tmp_path)
 
 
-def test_a_recipe_holds_the_options_that_the_arm_uses(runs):
-    options = SimpleNamespace(**dict.fromkeys(runs.RECIPE, 1.0))
+def test_a_recipe_holds_the_options_that_the_arm_uses(runs, tmp_path):
+    options = SimpleNamespace(**dict.fromkeys(runs.RECIPE, 1.0), weights=tmp_path)
     dense = SimpleNamespace(kind="dense", depth=20, distil=False)
-    assert set(runs.recipe(options, dense)) == set(runs.TRAINING)
-    assert set(runs.recipe(options, SimpleNamespace(kind="torch_pruning", depth=20, distil=True))) == {
-        *runs.TRAINING,
-        *runs.DISTILLATION,
-    }
-    assert set(runs.recipe(options, SimpleNamespace(kind="scratch", depth=20, distil=False))) == set(runs.RECIPE)
+    assert set(runs.recipe(options, dense)) == {*runs.TRAINING, "start"}
+    distilled = {*runs.TRAINING, *runs.DISTILLATION, "start"}
+    assert set(runs.recipe(options, SimpleNamespace(kind="torch_pruning", depth=20, distil=True))) == distilled
+    scratch = SimpleNamespace(kind="scratch", depth=20, distil=False)
+    assert set(runs.recipe(options, scratch)) == {*runs.RECIPE, "start"}
     options.epochs = None
-    assert runs.recipe(options, dense)["epochs"] == 20.0
+    given = runs.recipe(options, dense)
+    assert given["epochs"] == 20.0
+    (tmp_path / runs.START).write_text(json.dumps({"epochs": 60.0, "accuracy": 0.86}))
+    with pytest.raises(SystemExit, match=r"with start 0\.86 instead of None"):
+        runs.check_recipe(result(recipe=runs.recipe(options, dense)), given, tmp_path)
 
 
 def test_trials_for_the_recipe_become_a_table(runs, tmp_path):
