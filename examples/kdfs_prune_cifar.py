@@ -72,6 +72,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--flops-weight", type=float, default=300.0)
     parser.add_argument("--kd-weight", type=float, default=4.0)
     parser.add_argument("--kd-temperature", type=float, default=4.0)
+    parser.add_argument("--exclude-layers", default="", metavar="PATTERN", help="leave these convolutions whole")
     parser.add_argument("--threads", type=int, default=1, help="of torch (default: 1; more are slower at this size)")
     parser.add_argument("--bf16", action="store_true", help="bfloat16 autocast; slow on CPUs without avx512_bf16")
     parser.add_argument("--gpu", action="store_true", help="use a GPU where there is one")

@@ -93,6 +93,7 @@ def kdfs_config(arm: Arm, options: Any) -> KDFSConfig:
         "flops_weight": options.flops_weight,
         "kd_weight": options.kd_weight,
         "kd_temperature": options.kd_temperature,
+        "exclude_layers": [options.exclude_layers] if options.exclude_layers else None,
         **arm.settings,
     }
     if not arm.distil:
@@ -131,10 +132,10 @@ def fit(arm: Arm, model, teacher, train: Images, folder: Path, options: Any, see
     return trainer.state.log_history
 
 
-def start_network(arm: Arm, teacher, train: Images, seed: int, results: Results) -> torch.nn.Module:
+def start_network(arm: Arm, teacher, train: Images, seed: int, results: Results, exclude: str) -> torch.nn.Module:
     """What an arm other than KDFS starts from."""
     if arm.kind == "random":
-        return random_network(teacher, arm.reduction, seed)
+        return random_network(teacher, arm.reduction, seed, exclude)
     if arm.kind == "torch_pruning":
         return taylor_network(teacher, arm.reduction, train)
     return fresh_network(results.weights("kdfs", seed)) if arm.kind == "scratch" else copy.deepcopy(teacher)
@@ -161,7 +162,7 @@ def run_arm(
     if arm.kind == "kdfs":
         model, extra = run_kdfs(arm, teacher, train, folder, options, seed, clock)
     else:
-        model = start_network(arm, teacher, train, seed, results)
+        model = start_network(arm, teacher, train, seed, results, options.exclude_layers)
         extra["log"] = fit(arm, model, teacher, train, folder, options, seed, clock)
     extra["log"] = short(extra["log"])
     model = model.to("cpu")  # where all networks are judged and timed, also after training on a GPU

@@ -111,17 +111,22 @@ def tables(runs: list[dict], summary: list[dict], judged_on: str) -> list[dict]:
     ]
 
 
+def show(value: float | str) -> str:
+    """An option in a cell."""
+    return value if isinstance(value, str) else f"{value:g}"
+
+
 def choices_table(folder: Path) -> list[dict]:
     """The trials behind the recipe, runs without `--final` that lie in `folder/NAME/`: what differs, and accuracy."""
     runs = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("*/*-[0-9]*.json"))]
     if not runs:
         return []
     runs.sort(key=lambda run: -run["accuracy"])
-    used = [{name: run["recipe"][name] for name in options_of(ARMS[run["arm"]])} for run in runs]
+    used = [{name: run["recipe"].get(name, "") for name in options_of(ARMS[run["arm"]])} for run in runs]
     names = [name for name in RECIPE if len({own[name] for own in used if name in own}) > 1]
     rows = []
     for run, own in zip(runs, used):
-        settings = [f"{own[name]:g}" if name in own else "" for name in names]
+        settings = [show(own.get(name, "")) for name in names]
         rows.append([run["title"], *settings, f"{100 * run['accuracy']:.2f}"])
     given = f"{100 * runs[0]['teacher_accuracy']:.2f}"
     note = f"One run of {runs[0]['epochs']:g} epochs each, judged on {runs[0]['images']:,} training rows held out. "

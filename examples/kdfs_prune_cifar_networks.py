@@ -43,9 +43,9 @@ def folded(network: CifarResNetForImageClassification) -> CifarResNetForImageCla
     return model.to(memory_format=torch.channels_last)
 
 
-def random_network(teacher, reduction: float, seed: int) -> KDFSPrunedModelForImageClassification:
+def random_network(teacher, reduction: float, seed: int, exclude: str) -> KDFSPrunedModelForImageClassification:
     """The teacher without filters drawn at random, at the same cost."""
-    structure = read_structure(teacher, SHAPE)
+    structure = read_structure(teacher, SHAPE, exclude=[exclude] if exclude else None)
     config = KDFSConfig(target_flops_reduction=reduction, initial_keep_margin=0.0, initial_importance_spread=0.0)
     masked = KDFSMaskedModel(copy.deepcopy(teacher), structure, config)
     generator = torch.Generator().manual_seed(1000 + seed)

@@ -28,6 +28,7 @@ MASKS = (
     "importance_spread",
     "reconstruction_weight",
     "flops_weight",
+    "exclude_layers",
 )
 RECIPE = TRAINING + DISTILLATION + MASKS
 
@@ -81,6 +82,8 @@ def options_of(arm: Any) -> tuple[str, ...]:
     names = TRAINING
     if arm.distil or arm.kind == "scratch":  # which takes the shape that KDFS has found
         names += DISTILLATION
+    if arm.kind == "random":
+        names += ("exclude_layers",)
     return names + MASKS if arm.kind in ("kdfs", "scratch") else names
 
 
