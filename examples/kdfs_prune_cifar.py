@@ -68,6 +68,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--mask-learning-rate", type=float, default=2e-2)
     parser.add_argument("--keep-margin", type=float, default=2.0)
     parser.add_argument("--importance-spread", type=float, default=2.0)
+    parser.add_argument("--importance-images", type=int, default=1024)
     parser.add_argument("--reconstruction-weight", type=float, default=1000.0)
     parser.add_argument("--flops-weight", type=float, default=300.0)
     parser.add_argument("--kd-weight", type=float, default=4.0)

@@ -89,6 +89,7 @@ def kdfs_config(arm: Arm, options: Any) -> KDFSConfig:
         "mask_learning_rate": options.mask_learning_rate,
         "initial_keep_margin": options.keep_margin,
         "initial_importance_spread": options.importance_spread,
+        "importance_images": options.importance_images,
         "reconstruction_weight": options.reconstruction_weight,
         "flops_weight": options.flops_weight,
         "kd_weight": options.kd_weight,

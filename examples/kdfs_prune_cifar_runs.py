@@ -26,6 +26,7 @@ MASKS = (
     "mask_learning_rate",
     "keep_margin",
     "importance_spread",
+    "importance_images",
     "reconstruction_weight",
     "flops_weight",
     "exclude_layers",

@@ -39,6 +39,7 @@ POSITIVE: Rule = ("a number above 0", lambda value: _is_number(value) and value 
 WEIGHT: Rule = ("a number of at least 0", lambda value: _is_number(value) and value >= 0)
 NUMBER: Rule = ("a number", _is_number)
 COUNT: Rule = ("an integer of at least 1", _is_count)
+COUNT_OR_NONE: Rule = ("an integer of at least 0", lambda value: value == 0 or _is_count(value))
 PATTERNS: Rule = ("None or a list of regular expressions", _is_texts)
 
 RULES: dict[str, Rule] = {
@@ -47,6 +48,7 @@ RULES: dict[str, Rule] = {
     "mask_learning_rate": POSITIVE,
     "initial_keep_margin": NUMBER,
     "initial_importance_spread": WEIGHT,
+    "importance_images": COUNT_OR_NONE,
     "kd_temperature": POSITIVE,
     "kd_weight": WEIGHT,
     "fine_tune_kd_weight": ("None or a number of at least 0", lambda value: value is None or WEIGHT[1](value)),
@@ -78,8 +80,12 @@ class KDFSConfig(BaseConfig):
         initial_keep_margin (`float`, *optional*, defaults to 2.0):
             Keep logit minus drop logit of an average filter at the start.
         initial_importance_spread (`float`, *optional*, defaults to 1.0):
-            Logits added per standard deviation of a filter's importance in its layer (`|gamma|` of the normalisation
-            that follows, else the filter's norm); 0 starts all filters alike.
+            Logits added per standard deviation of a filter's importance; 0 starts all filters alike.
+        importance_images (`int`, *optional*, defaults to 1024):
+            Training images on which the importance is measured before the first step, at most as many as the sampling
+            phase sees: the logarithm of the first-order change of the cross entropy per multiply-add that goes with
+            the filter, compared over all layers. 0 measures nothing and takes `|gamma|` of the normalisation that
+            follows, else the filter's norm, compared within a layer.
         kd_temperature (`float`, *optional*, defaults to 3.0):
             Temperature `T` of the distillation, above 0.
         kd_weight (`float`, *optional*, defaults to 0.05):
@@ -126,6 +132,7 @@ class KDFSConfig(BaseConfig):
     mask_learning_rate: float = 1e-2
     initial_keep_margin: float = 2.0
     initial_importance_spread: float = 1.0
+    importance_images: int = 1024
     kd_temperature: float = 3.0
     kd_weight: float = 0.05
     fine_tune_kd_weight: float | None = None

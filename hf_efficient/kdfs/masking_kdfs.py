@@ -168,6 +168,7 @@ class KDFSMaskedModel(nn.Module):
         self.taps = FeatureTaps(network, structure.stages if config.reconstruction_weight > 0 else [])
         self.decoders = nn.ModuleList(self._decoder(name) for name in self.taps.names)
         self.decoders.to(reference.device, reference.dtype)
+        self.importance_is_measured = False
         self.temperature = config.gumbel_start_temperature
         self.noise_seed, self.noise_step = 0, 0
         self.current_slots: Tensor | None = None  # mask of every slot while a forward pass runs
@@ -275,6 +276,25 @@ class KDFSMaskedModel(nn.Module):
             return KDFSMaskedOutput(loss=loss, logits=logits)
         decoded = tuple(decoder(feature) for decoder, feature in zip(self.decoders, features, strict=True))
         return KDFSMaskedOutput(loss=loss, logits=logits, stage_features=decoded or None, macs=macs)
+
+    def run_under(self, masks: Tensor, pixel_values: Tensor, labels: Tensor) -> Tensor:
+        """Cross entropy of the network under given masks, which may carry a gradient.
+
+        Args:
+            masks (`torch.FloatTensor` of shape `(filters,)`): All groups, one after the other.
+            pixel_values (`torch.FloatTensor` of shape `(batch, channels, height, width)`): Images.
+            labels (`torch.LongTensor` of shape `(batch,)`): Classes.
+
+        Returns:
+            `torch.FloatTensor` without axes: The loss.
+        """
+        self.current_slots = torch.cat([masks.new_ones(1), masks])  # (slots,)
+        try:
+            output = self.network(pixel_values)
+        finally:
+            self.current_slots = None
+            self.taps.features = {}
+        return nn.functional.cross_entropy(getattr(output, "logits", output).float(), labels)
 
     def freeze_masks(self) -> None:
         """Fix the masks at the target: least certain filters are flipped until the cost is met."""

@@ -1,7 +1,8 @@
 """Two trainers: distillation from a teacher, and the sampling phase that learns masks on top of it."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from transformers import ProgressCallback, Trainer, TrainingArguments
 from transformers.utils import logging
 
 from .configuration_kdfs import KDFSConfig
+from .importance_kdfs import first_rows, own_random_state, start_from_sensitivity
 from .losses_kdfs import distillation_loss, flops_loss, reconstruction_loss
 from .masking_kdfs import FeatureTaps, KDFSMaskedModel
 from .pushing_kdfs import PushesNoPickles
@@ -73,6 +75,24 @@ def check_arguments(args: TrainingArguments | None, compute_loss_func: Any | Non
             f"Every process must have one GPU, but this one sees {args.n_gpu}; start it with `accelerate launch` or "
             "`torchrun`, or let it see one with CUDA_VISIBLE_DEVICES=0."
         )
+
+
+@contextmanager
+def labels_are_known() -> Iterator[None]:
+    """Say what is wrong where a label is none of the model's; a GPU reports it later and in its own way.
+
+    Raises:
+        ValueError: If the cross entropy inside finds such a label.
+    """
+    try:
+        yield
+    except IndexError as error:
+        if "Target" not in str(error):
+            raise
+        raise ValueError(
+            f"`labels` must be numbers of the model's classes, but one row is none of them ({error}); leave it out, "
+            "or take a model that was trained on these classes."
+        ) from error
 
 
 class NamedProgress(ProgressCallback):
@@ -168,15 +188,8 @@ class DistillationTrainer(PushesNoPickles, Trainer):
         Raises:
             ValueError: If a label is none of the model's.
         """
-        try:
+        with labels_are_known():
             output = model(pixel_values=inputs["pixel_values"], labels=inputs["labels"])
-        except IndexError as error:  # of the cross entropy; a GPU reports it later and in its own way
-            if "Target" not in str(error):
-                raise
-            raise ValueError(
-                f"`labels` must be numbers of the model's classes, but one row is none of them ({error}); leave it "
-                "out, or take a model that was trained on these classes."
-            ) from error
         parts = {"cross_entropy": output.loss}
         if model.training:
             parts.update(self.extra_losses(output, inputs["pixel_values"]))
@@ -340,12 +353,36 @@ class KDFSTrainer(DistillationTrainer):
         Returns:
             `TrainOutput`: As of [`~transformers.Trainer.train`].
         """
+        resumed = kwargs.get("resume_from_checkpoint", args[0] if args else None)
+        if not resumed and not self._masked_model.importance_is_measured:
+            self.measure_importance()
         if self.teacher_taps is None and self._stages:
             self.teacher_taps = FeatureTaps(self.teacher, self._stages)
         try:
             return super().train(*args, **kwargs)
         finally:
             self.release_teacher()
+
+    def measure_importance(self) -> None:
+        """Start the keep/drop logits from what each filter does to the loss; `importance_images` says how it is done.
+
+        Every process measures the same images, and no random number of the training is drawn.
+        """
+        config = self.pruning_config
+        self._masked_model.importance_is_measured = True
+        if config.importance_images == 0 or config.initial_importance_spread == 0 or self.train_dataset is None:
+            return
+        count, steps = config.importance_images, self.args.max_steps
+        if steps > 0:
+            step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+            count = min(count, steps * step)
+        collate = self._get_collator_with_removed_columns(self.data_collator)
+        with own_random_state(self.args.seed), labels_are_known():
+            quiet = self.args.disable_tqdm or not self.is_world_process_zero()
+            rows = logging.tqdm(
+                first_rows(self.train_dataset, count, collate), desc="measuring filters", disable=quiet, leave=False
+            )
+            start_from_sensitivity(self._masked_model, map(self._prepare_inputs, rows))
 
     def release_teacher(self) -> None:
         """Take the hooks off the teacher."""
