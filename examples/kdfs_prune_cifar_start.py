@@ -85,8 +85,9 @@ def main() -> None:
         data_collator=collate,
     )
     trainer.train(resume_from_checkpoint=last_whole_checkpoint(options.output / "training"))
-    write_original(model, options.output / "resnet20_jpeg.safetensors")
-    reached = accuracy(model, held_out)
+    file = options.output / "resnet20_jpeg.safetensors"
+    write_original(model, file)
+    reached = accuracy(CifarResNetForImageClassification.from_original(file), held_out)  # in float32, as others see it
     note = {"epochs": options.epochs, "accuracy": reached, "meta": run_meta()}
     write_whole(options.output / START, json.dumps(note, indent=1) + "\n")
     print(f"{reached:.4f} on {len(held_out):,} held-out rows; wrote {options.output}")

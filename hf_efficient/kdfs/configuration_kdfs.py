@@ -67,8 +67,8 @@ class KDFSConfig(BaseConfig):
     """Settings of one pruning run, saved as `kdfs_config.json` (KDFS, arXiv 2307.00198).
 
     Where we differ from the authors' recipe: the target is a reduction of the true multiply-adds (theirs mixes three
-    counts), the logits start with a margin towards keeping (theirs are N(0, 1), which drops half of the teacher in
-    the first step), and the student starts from the teacher's weights.
+    counts), the logits start with a margin towards keeping and from what each filter does to the loss (theirs are
+    N(0, 1), which drops half of the teacher in the first step), and the student starts from the teacher's weights.
 
     Args:
         target_flops_reduction (`float`, *optional*, defaults to 0.55):
