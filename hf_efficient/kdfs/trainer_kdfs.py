@@ -292,9 +292,7 @@ class KDFSTrainer(DistillationTrainer):
             check_teacher(teacher, model.network if masked else model)
         if not masked:
             shape = input_shape or tuple(first_image(kwargs.get("train_dataset")).shape)
-            network = host_network(
-                model
-            )  # so that slice_network(trainer.model, model) finds the names of a pruned one
+            network = host_network(model)  # so that slice_network finds the names of a pruned one
             structure = read_structure(
                 network, shape, self.pruning_config.include_layers, self.pruning_config.exclude_layers
             )
@@ -369,7 +367,6 @@ class KDFSTrainer(DistillationTrainer):
         Every process measures the same images, and no random number of the training is drawn.
         """
         config = self.pruning_config
-        self._masked_model.importance_is_measured = True
         if config.importance_images == 0 or config.initial_importance_spread == 0 or self.train_dataset is None:
             return
         count, steps = config.importance_images, self.args.max_steps
@@ -383,6 +380,7 @@ class KDFSTrainer(DistillationTrainer):
                 first_rows(self.train_dataset, count, collate), desc="measuring filters", disable=quiet, leave=False
             )
             start_from_sensitivity(self._masked_model, map(self._prepare_inputs, rows))
+        self._masked_model.importance_is_measured = True
 
     def release_teacher(self) -> None:
         """Take the hooks off the teacher."""
