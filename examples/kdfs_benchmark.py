@@ -2,6 +2,7 @@
 
     python examples/kdfs_benchmark.py --json kdfs_benchmark.json
     python examples/kdfs_benchmark.py --preset small
+    python examples/kdfs_benchmark.py --gpu
 
 `sampling_step_ratio`: one KDFS step (masks, decoders, three losses) over one plain distillation step (teacher forward,
 student forward and backward), the steps taking turns, CPU time; expected at most 1.25. `latency_speedup`: dense over
@@ -10,7 +11,8 @@ sliced, in torch and onnxruntime, at batch 1 and 64, for widths rounded to 1 and
 time with more. `scatter_share` is the part of
 the sliced network's time that goes into putting residual branches back to full width. Weights are random. The medium
 preset has ResNet-50 shapes at 224 pixels and takes about 15 minutes on one core, the small one (ResNet-18 shapes at
-64 pixels, batch 1 and 8) half a minute.
+64 pixels, batch 1 and 8) half a minute. With `--gpu` all of it runs in torch on a GPU, in wall time, without
+onnxruntime.
 """
 
 import argparse
@@ -72,13 +74,27 @@ def take_turns(tasks: dict, repeats: int, clock=time.perf_counter) -> dict[str, 
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def sampling_step_ratio(depth: int, batch: int, repeats: int) -> dict[str, float]:
-    """CPU seconds of a KDFS step and of a plain distillation step on a CIFAR ResNet."""
+def clock_of(device: str, cpu_time: bool = True):
+    """A function that reads seconds: of the process on a CPU, or of the wall once a GPU has nothing left to do."""
+    if device == "cpu":
+        return time.process_time if cpu_time else time.perf_counter
+
+    def read() -> float:
+        torch.cuda.synchronize()
+        return time.perf_counter()
+
+    return read
+
+
+def sampling_step_ratio(depth: int, batch: int, repeats: int, device: str = "cpu") -> dict[str, float]:
+    """Seconds (on a CPU: of the process) of a KDFS step and of a plain distillation step on a CIFAR ResNet."""
     set_seed(0)
     model = CifarResNetForImageClassification(CifarResNetConfig(depth=depth))
     inputs = {"pixel_values": torch.randn(batch, 3, 32, 32), "labels": torch.randint(0, 10, (batch,))}
     rows = [{"pixel_values": inputs["pixel_values"][0], "labels": 0}]
-    args = TrainingArguments(output_dir="runs/kdfs_benchmark", use_cpu=True, report_to="none", disable_tqdm=True)
+    args = TrainingArguments(
+        output_dir="runs/kdfs_benchmark", use_cpu=device == "cpu", report_to="none", disable_tqdm=True
+    )
     plain = DistillationTrainer(copy.deepcopy(model), args, teacher=copy.deepcopy(model), train_dataset=rows)
     config = KDFSConfig(target_flops_reduction=REDUCTION)
     sampler = KDFSTrainer(copy.deepcopy(model), args, config, copy.deepcopy(model), train_dataset=rows)
@@ -92,7 +108,7 @@ def sampling_step_ratio(depth: int, batch: int, repeats: int) -> dict[str, float
 
     for trainer in (plain, sampler):
         trainer.current_gradient_accumulation_steps = 1
-    seconds = take_turns({"plain": step(plain), "sampling": step(sampler)}, repeats, time.process_time)
+    seconds = take_turns({"plain": step(plain), "sampling": step(sampler)}, repeats, clock_of(device))
     return {**seconds, "ratio": seconds["sampling"] / seconds["plain"]}
 
 
@@ -121,51 +137,55 @@ def scatter_seconds(model: torch.nn.Module, images: torch.Tensor, repeats: int, 
         model(images)
         for handle in handles:
             handle.remove()
-        work = [(torch.zeros(shape), index) for shape, index in calls]
+        work = [(torch.zeros(shape, device=images.device), index) for shape, index in calls]
         return take_turns({"scatter": lambda: [scatter_channels(*item) for item in work]}, repeats, clock)["scatter"]
 
 
-def measure_latency(preset: dict) -> dict:
-    """Dense against sliced, torch and onnxruntime, every batch size; CPU time where there is one thread."""
+def open_sessions(networks: dict, shape: tuple) -> dict:
+    """The networks as ONNX in onnxruntime, with as many threads as torch has."""
     import onnxruntime
 
-    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+    folder = Path("runs/kdfs_benchmark")
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    sessions = {}
+    for name, network in networks.items():
+        file = export_onnx(network, folder, shape, f"{name}.onnx")
+        sessions[name] = onnxruntime.InferenceSession(str(file), options)
+        file.unlink()
+    return sessions
 
+
+def measure_latency(preset: dict, device: str = "cpu") -> dict:
+    """Dense against sliced, torch and (on a CPU) onnxruntime, every batch size; CPU time where there is one thread."""
+    clock = clock_of(device, torch.get_num_threads() == 1)
     shape = (3, preset["size"], preset["size"])
     set_seed(0)
     dense = ResNetForImageClassification(ResNetConfig(num_labels=1000, **preset["network"])).eval()
     networks = {"dense": dense, **{f"round_to_{n}": slice_randomly(dense, shape, n) for n in (1, 8)}}
-    folder = Path("runs/kdfs_benchmark")
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    files = {name: export_onnx(network, folder, shape, f"{name}.onnx") for name, network in networks.items()}
-    sessions = {name: onnxruntime.InferenceSession(str(file), options) for name, file in files.items()}
+    sessions = open_sessions(networks, shape) if device == "cpu" else {}
     macs = {name: count_flops(network, shape) for name, network in networks.items()}
     reduction = {name: 1 - macs[name] / macs["dense"] for name in networks if name != "dense"}
-    found = {"torch": {}, "onnxruntime": {}}
+    networks = {name: network.to(device) for name, network in networks.items()}
+    found = {"torch": {}, **({"onnxruntime": {}} if sessions else {})}
     scatter, agreement = {}, 0.0
     for batch in preset["batches"]:
-        images = torch.randn(batch, *shape)
+        images = torch.randn(batch, *shape).to(device)
         repeats = preset["repeats"][batch]
         with torch.no_grad():
-            runs = {
-                "torch": {name: partial(network, images) for name, network in networks.items()},
-                "onnxruntime": {
-                    name: partial(session.run, None, {"pixel_values": images.numpy()})
-                    for name, session in sessions.items()
-                },
-            }
+            runs = {"torch": {name: partial(network, images) for name, network in networks.items()}}
+            if sessions:
+                rows = {"pixel_values": images.numpy()}
+                runs["onnxruntime"] = {name: partial(session.run, None, rows) for name, session in sessions.items()}
             for engine, tasks in runs.items():
                 found[engine][batch] = take_turns(tasks, repeats, clock)
-            for name, network in networks.items():
-                difference = torch.from_numpy(runs["onnxruntime"][name]()[0]) - network(images).logits
+            for name in sessions:
+                difference = torch.from_numpy(runs["onnxruntime"][name]()[0]) - networks[name](images).logits
                 agreement = max(agreement, difference.abs().max().item())
         times = found["torch"][batch]
         scatter[str(batch)] = {
             name: scatter_seconds(networks[name], images, repeats, clock) / times[name] for name in reduction
         }
-    for file in files.values():
-        file.unlink()
 
     def per_network(value):
         return {
@@ -179,7 +199,7 @@ def measure_latency(preset: dict) -> dict:
         "latency_saving_share": per_network(lambda times, name: (1 - times[name] / times["dense"]) / reduction[name]),
         "latency_seconds": {e: {str(b): times for b, times in t.items()} for e, t in found.items()},
         "scatter_share": {name: {batch: shares[name] for batch, shares in scatter.items()} for name in reduction},
-        "onnx_largest_difference": agreement,
+        **({"onnx_largest_difference": agreement} if sessions else {}),
     }
 
 
@@ -188,7 +208,10 @@ def main() -> None:
     parser.add_argument("--preset", choices=list(PRESETS), default="medium", help="default: medium")
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the numbers there")
     parser.add_argument("--threads", type=int, default=1, help="of torch and onnxruntime (default: 1)")
+    parser.add_argument("--gpu", action="store_true", help="measure torch on a GPU, ten times as many repeats")
     options = parser.parse_args()
+    if options.gpu and not torch.cuda.is_available():
+        parser.error("--gpu: torch sees no GPU here; leave it out to measure the CPU.")
     if options.threads < 1:
         parser.error(f"--threads must be at least 1, but is {options.threads}; name a number of cores.")
     torch.set_num_threads(options.threads)
@@ -196,10 +219,13 @@ def main() -> None:
         parser.error(f"--json {options.json}: the folder does not exist; create it first.")
     meta = run_meta()
     logging.set_verbosity_error()
-    preset = PRESETS[options.preset]
-    step = sampling_step_ratio(**preset["step"])
+    preset, device = copy.deepcopy(PRESETS[options.preset]), "cuda" if options.gpu else "cpu"
+    if options.gpu:
+        preset["step"]["repeats"] *= 10
+        preset["repeats"] = {batch: 10 * repeats for batch, repeats in preset["repeats"].items()}
+    step = sampling_step_ratio(**preset["step"], device=device)
     print(f"sampling step: {step['ratio']:.3f} of a plain distillation step")
-    numbers = {"sampling_step_ratio": step["ratio"], "step_seconds": step, **measure_latency(preset)}
+    numbers = {"sampling_step_ratio": step["ratio"], "step_seconds": step, **measure_latency(preset, device)}
     for engine, networks in numbers["latency_speedup"].items():
         for name, batches in networks.items():
             for batch, speedup in batches.items():
@@ -211,7 +237,7 @@ def main() -> None:
     for name, shares in numbers["scatter_share"].items():
         print(f"scatter, {name}:", ", ".join(f"{share:.1%} at batch {batch}" for batch, share in shares.items()))
     if options.json:
-        document = {**numbers, "preset": options.preset, "threads": options.threads, "meta": meta}
+        document = {**numbers, "preset": options.preset, "device": device, "threads": options.threads, "meta": meta}
         write_whole(options.json, json.dumps(document, indent=2) + "\n")
 
 

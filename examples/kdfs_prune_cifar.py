@@ -85,7 +85,7 @@ def parse() -> argparse.Namespace:
     for card in (options.card, options.card.parent / DENSE_NAME) if options.card else ():
         if card.exists() and any(card.iterdir()) and not (card / "results.json").is_file():
             parser.error(f"--card: {card} holds other files, which would be deleted: name a new folder.")
-    options.cpu = not options.gpu
+    options.cpu = not (options.gpu and torch.cuda.is_available())
     return options
 
 
