@@ -106,6 +106,7 @@ def collect(results: Results, meta: dict, final: bool) -> dict:
     kind = "toy images" if images < 1000 else "test images" if final else "training rows held out"
     judged = f"{images:,} {kind}"
     document = {"judged_on": judged, "summary": summarise(runs), "runs": runs, "meta": meta}
+    results.folder.mkdir(parents=True, exist_ok=True)  # also where no run is done yet
     write_whole(results.folder / "results.json", json.dumps(document, indent=1) + "\n")
     return document
 

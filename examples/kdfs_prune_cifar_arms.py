@@ -13,7 +13,8 @@ from kdfs_prune_cifar_runs import CpuClock, Results, begin_run, epochs_of, read_
 from transformers import TrainingArguments, set_seed
 
 from hf_efficient import KDFSConfig, KDFSPrunedModelForImageClassification, KDFSPruner, count_flops
-from hf_efficient.kdfs.pruner_kdfs import last_whole_checkpoint, measure_latency
+from hf_efficient.kdfs.pruner_kdfs import measure_latency
+from hf_efficient.kdfs.resuming_kdfs import last_whole_checkpoint
 from hf_efficient.kdfs.trainer_kdfs import DistillationTrainer
 from hf_efficient.results import write_whole
 

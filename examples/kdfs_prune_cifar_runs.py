@@ -13,7 +13,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 from transformers import TrainerCallback
 
-from hf_efficient.kdfs.pruner_kdfs import last_whole_checkpoint
+from hf_efficient.kdfs.resuming_kdfs import last_whole_checkpoint
 from hf_efficient.results import write_whole
 
 

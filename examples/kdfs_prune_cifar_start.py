@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from transformers import Trainer, TrainingArguments, set_seed
 
 from hf_efficient import CifarResNetConfig, CifarResNetForImageClassification
-from hf_efficient.kdfs.pruner_kdfs import last_whole_checkpoint
+from hf_efficient.kdfs.resuming_kdfs import last_whole_checkpoint
 from hf_efficient.results import run_meta, write_whole
 
 

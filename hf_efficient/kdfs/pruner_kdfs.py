@@ -1,7 +1,6 @@
 """The pass: sample masks, freeze them at the target, slice, fine-tune the smaller network, save it."""
 
 import copy
-import json
 import math
 import os
 import shutil
@@ -12,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel, TrainingArguments
 from transformers.utils import logging
@@ -22,6 +21,7 @@ from .configuration_kdfs import RULES, KDFSConfig
 from .flops_kdfs import count_flops
 from .masking_kdfs import KDFSMaskedModel
 from .modeling_kdfs_pruned import KDFSPrunedModelForImageClassification
+from .resuming_kdfs import SAMPLED_NAME, Run, write_json
 from .slicing_kdfs import check_model, host_network, slice_network, write_back
 from .structure_kdfs import read_structure
 from .tracing_kdfs import example_input
@@ -31,10 +31,6 @@ from .trainer_kdfs import DistillationTrainer, KDFSTrainer, check_teacher, first
 logger = logging.get_logger(__name__)
 
 REPORT_NAME = "kdfs_report.json"
-RUN_NAME = "kdfs_run.json"
-SAMPLED_NAME = "sampled.safetensors"
-HISTORY_NAME = "sampled_history.json"
-PHASES = ("sampling", "fine_tuning")
 DERIVED = ("model.onnx", "model.onnx.data", "widths.png")  # made of a pruned network; they end with it
 
 
@@ -258,7 +254,8 @@ class KDFSPruner:
             pruning_config ([`KDFSConfig`]): Settings of the method.
             train_dataset (`Dataset`): Yields `pixel_values` and `labels`.
             eval_dataset (`Dataset`, *optional*): Likewise.
-            args (`TrainingArguments`, *optional*): For both phases together, not pushed; default: 20 epochs of AdamW.
+            args (`TrainingArguments`, *optional*): For both phases together; `push_to_hub` has no effect. Default: 20
+                epochs of AdamW.
             processing_class (`Any`, *optional*): Image processor, saved too.
             data_collator (`Any`, *optional*): As of [`~transformers.Trainer`].
             compute_metrics (`Any`, *optional*): Likewise.
@@ -290,6 +287,11 @@ class KDFSPruner:
             )
         input_shape = tuple(image.shape)
         args = args or self._default_arguments(save_directory)
+        if args.push_to_hub:
+            logger.warning(
+                "`push_to_hub` of `args` has no effect, since nothing is pushed before the network is sliced; call "
+                "`pruned_model.push_to_hub(...)` afterwards."
+            )
         self.processing_class = processing_class or self.processing_class
         masked = self._mask(pruning_config, input_shape)
         teacher = copy.deepcopy(self.model) if self.teacher in (None, self.model) else self.teacher
@@ -300,7 +302,7 @@ class KDFSPruner:
             "compute_metrics": compute_metrics,
             "callbacks": callbacks,
         }
-        run = _Run(Path(args.output_dir))
+        run = Run(Path(args.output_dir))
         sampler = KDFSTrainer(masked, run.phase_arguments(args, "sampling"), pruning_config, teacher, **common)
         name_progress(sampler, "choosing filters")
         sampling_steps, tuning_steps = _split_steps(sampler, args, pruning_config.fine_tune_share)
@@ -368,17 +370,18 @@ class KDFSPruner:
     def _fingerprint(
         self, config: KDFSConfig, args: TrainingArguments, sampling_steps: int, tuning_steps: int
     ) -> dict[str, Any]:
-        weights = sum(float(parameter.detach().double().abs().sum()) for parameter in self.model.parameters())
+        teacher = self.model if self.teacher is None else self.teacher
         return {
             "pruning_config": {name: getattr(config, name) for name in RULES},
             "steps": [sampling_steps, tuning_steps],
             "seed": args.seed,
             "learning_rate": args.learning_rate,
             "batch_size": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
-            "weights": weights,
+            "weights": _fingerprint_of(self.model),
+            "teacher": _fingerprint_of(teacher),
         }
 
-    def _sample(self, trainer: KDFSTrainer, masked: KDFSMaskedModel, run: "_Run", steps: int) -> None:
+    def _sample(self, trainer: KDFSTrainer, masked: KDFSMaskedModel, run: Run, steps: int) -> None:
         if run.sampled:
             logger.warning("The sampling phase of %s is done; its result is used.", run.folder)
             masked.load_state_dict(load_file(run.folder / SAMPLED_NAME))
@@ -454,6 +457,11 @@ class KDFSPruner:
         return self.pruned_model.export_onnx(save_directory)
 
 
+def _fingerprint_of(network: nn.Module) -> float:
+    """Tells weights apart, with as many digits as processors that add in another order agree on."""
+    return float(f"{sum(float(weight.detach().double().abs().sum()) for weight in network.parameters()):.9g}")
+
+
 def _split_steps(trainer: KDFSTrainer, args: TrainingArguments, fine_tune_share: float) -> tuple[int, int]:
     """Optimiser steps of the sampling phase and of fine-tuning."""
     if args.max_steps > 0:
@@ -466,123 +474,6 @@ def _split_steps(trainer: KDFSTrainer, args: TrainingArguments, fine_tune_share:
     return total - tuning, tuning
 
 
-class _Run:
-    """What is on disk while a run goes on: settings, checkpoints of both phases, the sampled network.
-
-    Args:
-        folder (`Path`): `args.output_dir`.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.resumes = False
-        self.sampled = False
-
-    def open(self, settings: dict[str, Any], trainer: KDFSTrainer) -> None:
-        """Continue a run with the same settings, or start one."""
-        path = self.folder / RUN_NAME
-        if path.is_file():
-            before, now = _flat(json.loads(path.read_text(encoding="utf-8"))), _flat(settings)
-            changed = [name for name in now if before.get(name) != now[name]]
-            self.sampled = (self.folder / SAMPLED_NAME).is_file()
-            begun = self.sampled or last_whole_checkpoint(self.folder / PHASES[0]) is not None
-            if changed and begun:
-                name = changed[0]
-                raise ValueError(
-                    f"{self.folder} holds an interrupted run with `{name}` {before.get(name)} instead of "
-                    f"{now[name]}; start it as it was, give this one another folder or remove {self.folder}."
-                )
-            self.resumes = not changed
-        trainer.accelerator.wait_for_everyone()
-        if trainer.is_world_process_zero() and not self.resumes:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            for phase in PHASES:  # a finished run's checkpoints must not be taken for this one's
-                for checkpoint in _checkpoints(self.folder / phase):
-                    shutil.rmtree(checkpoint)
-            _write_whole(path, settings)
-        trainer.accelerator.wait_for_everyone()
-
-    def phase_arguments(self, args: TrainingArguments, phase: str) -> TrainingArguments:
-        """Arguments of one phase, with a folder of its own."""
-        arguments = copy.copy(args)
-        arguments.output_dir = str(self.folder / phase)
-        arguments.push_to_hub = False
-        return arguments
-
-    def last_checkpoint(self, phase: str) -> str | None:
-        """Newest whole checkpoint of a phase of an interrupted run."""
-        found = last_whole_checkpoint(self.folder / phase) if self.resumes else None
-        if found is not None:
-            logger.warning("Continuing the %s phase from %s.", phase, found)
-        return found
-
-    def save_sampled(self, masked: KDFSMaskedModel, history: list[dict[str, Any]]) -> None:
-        """Keep the result of the sampling phase."""
-        unfinished = self.folder / f".{uuid.uuid4().hex}"
-        state = {name: value.contiguous() for name, value in masked.state_dict().items()}
-        _write_whole(self.folder / HISTORY_NAME, history)
-        save_file(state, unfinished)
-        os.replace(unfinished, self.folder / SAMPLED_NAME)
-
-    def load_history(self) -> list[dict[str, Any]]:
-        """What the sampling phase logged."""
-        return json.loads((self.folder / HISTORY_NAME).read_text(encoding="utf-8"))
-
-    def close(self) -> None:
-        """The run is over: the next one in this folder starts from the beginning."""
-        for name in (RUN_NAME, SAMPLED_NAME, HISTORY_NAME):
-            (self.folder / name).unlink(missing_ok=True)
-
-
-def _flat(settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings of a run with those of the method among them, so that a single one can be named."""
-    return {**settings.get("pruning_config", {}), **{k: v for k, v in settings.items() if k != "pruning_config"}}
-
-
-def _checkpoints(folder: Path) -> list[Path]:
-    """Checkpoints of a Trainer, oldest first."""
-    found = [path for path in folder.glob("checkpoint-*") if path.is_dir() and path.name[11:].isdigit()]
-    return sorted(found, key=lambda path: int(path.name[11:]))
-
-
-def last_whole_checkpoint(folder: str | os.PathLike) -> str | None:
-    """Newest checkpoint in a Trainer's folder that was written to its end.
-
-    A process that is ended while it writes leaves a folder without `trainer_state.json`, which comes last, or with a
-    part of it; a full disk leaves weights or an optimiser state that end early.
-
-    Args:
-        folder (`str` or `os.PathLike`): `args.output_dir` of the Trainer; it need not exist.
-
-    Returns:
-        `str` or `None`: The checkpoint, for `resume_from_checkpoint`.
-    """
-    for path in reversed(_checkpoints(Path(folder))):
-        if _is_whole(path):
-            return str(path)
-        logger.warning("%s was cut off while it was written and is passed over.", path)
-    return None
-
-
-def _is_whole(checkpoint: Path) -> bool:
-    """Whether every file of a checkpoint has its end; the tensors themselves are not read."""
-    try:
-        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-        for weights in checkpoint.glob("*.safetensors"):
-            with safe_open(weights, framework="pt"):
-                pass
-    except (OSError, ValueError, SafetensorError):
-        return False
-    return all(_ends_well(file) for file in (*checkpoint.glob("*.pt"), *checkpoint.glob("*.pth")))
-
-
-def _ends_well(file: Path) -> bool:
-    """Whether a file of `torch.save` holds the record with which a zip archive ends; it is not opened as one."""
-    with file.open("rb") as stream:
-        stream.seek(max(0, file.stat().st_size - (1 << 16)))
-        return b"PK\x05\x06" in stream.read()
-
-
 def write_report(folder: Path, report: dict[str, Any]) -> None:
     """Write what a pruning removed as `kdfs_report.json`, whole or not at all.
 
@@ -590,10 +481,4 @@ def write_report(folder: Path, report: dict[str, Any]) -> None:
         folder (`Path`): Of the checkpoint.
         report (`dict`): `KDFSPruner.report`, with more or without.
     """
-    _write_whole(folder / REPORT_NAME, report)
-
-
-def _write_whole(path: Path, document: Any) -> None:
-    unfinished = path.with_name(f".{path.name}-{uuid.uuid4().hex}")
-    unfinished.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
-    os.replace(unfinished, path)
+    write_json(folder / REPORT_NAME, report)

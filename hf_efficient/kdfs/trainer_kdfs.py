@@ -154,6 +154,8 @@ class DistillationTrainer(PushesNoPickles, Trainer):
         super().__init__(*args, **kwargs)
         self.kd_weight, self.kd_temperature = kd_weight, kd_temperature
         self.teacher = None if teacher is None else teacher.to(self.args.device).eval().requires_grad_(False)
+        weights = () if teacher is None else teacher.parameters()
+        self._teacher_dtype = next((weight.dtype for weight in weights if weight.is_floating_point()), None)
         self._loss_parts: dict[str, Tensor] = {}
         self._loss_count = 0
 
@@ -235,7 +237,7 @@ class DistillationTrainer(PushesNoPickles, Trainer):
         Returns:
             `torch.FloatTensor` of shape `(batch, labels)`.
         """
-        output = self.teacher(pixel_values)
+        output = self.teacher(pixel_values.to(self._teacher_dtype))
         return getattr(output, "logits", output)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -290,6 +292,11 @@ class KDFSTrainer(DistillationTrainer):
         self.pruning_config = pruning_config or (model.pruning_config if masked else KDFSConfig())
         if teacher is not None:
             check_teacher(teacher, model.network if masked else model)
+        if (args or TrainingArguments()).device.type == "mps":
+            raise ValueError(
+                "`args` must train on a CPU or a CUDA GPU, since multiply-adds are counted in float64, which MPS "
+                "lacks; set `use_cpu=True`."
+            )
         if not masked:
             shape = input_shape or tuple(first_image(kwargs.get("train_dataset")).shape)
             network = host_network(model)  # so that slice_network finds the names of a pruned one

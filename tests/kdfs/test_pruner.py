@@ -18,7 +18,8 @@ from hf_efficient import (
 )
 from hf_efficient.kdfs.losses_kdfs import distillation_loss
 from hf_efficient.kdfs.modeling_kdfs_pruned import scatter_channels
-from hf_efficient.kdfs.pruner_kdfs import last_whole_checkpoint, measure_latency
+from hf_efficient.kdfs.pruner_kdfs import measure_latency
+from hf_efficient.kdfs.resuming_kdfs import last_whole_checkpoint
 from hf_efficient.kdfs.slicing_kdfs import check_model
 
 
@@ -403,10 +404,14 @@ def test_what_changed_since_the_interruption_is_named(arguments, toy_data, tmp_p
             if state.global_step == self.step:
                 raise KeyboardInterrupt
 
-    def prune(*callbacks, **settings):
+    start, other = cifar(), cifar()
+    with torch.no_grad():
+        next(other.parameters()).mul_(2)
+
+    def prune(*callbacks, teacher=None, **settings):
         args = arguments(max_steps=8, save_strategy="steps", save_steps=2)
         config = KDFSConfig(**{"target_flops_reduction": 0.4, **settings})
-        pruner = KDFSPruner.from_pretrained(cifar())
+        pruner = KDFSPruner.from_pretrained(start, teacher=teacher)
         pruner.prune(tmp_path / "out", config, toy_data(24), args=args, callbacks=list(callbacks))
 
     with pytest.raises(KeyboardInterrupt):
@@ -416,6 +421,42 @@ def test_what_changed_since_the_interruption_is_named(arguments, toy_data, tmp_p
     with pytest.raises(ValueError, match=r"interrupted run with `round_to` 2 instead of 4") as raised:
         prune(round_to=4)
     assert len(str(raised.value)) < 300 + len(str(tmp_path))
+    with pytest.raises(
+        ValueError, match=r"interrupted run with `teacher` [\d.]+ instead of [\d.]+; start"
+    ):
+        prune(teacher=other, round_to=2)
+
+
+def test_a_run_goes_on_where_sums_end_in_another_digit(arguments, toy_data, tmp_path, monkeypatch):
+    """Processors add in different orders: the sum of all weights differs in its last digits, and names no change."""
+
+    class Break(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 3:
+                raise KeyboardInterrupt
+
+    def prune(factor, *callbacks):
+        start = cifar().double()
+        with torch.no_grad():
+            next(start.parameters()).view(-1)[0] *= factor
+        args = arguments(max_steps=8, save_strategy="steps", save_steps=2)
+        data = [{**row, "pixel_values": row["pixel_values"].double()} for row in toy_data(24)]
+        KDFSPruner(start).prune(tmp_path / "out", KDFSConfig(), data, args=args, callbacks=list(callbacks))
+
+    with pytest.raises(KeyboardInterrupt):
+        prune(1.0, Break())
+    with pytest.raises(ValueError, match="interrupted run with `weights`"):
+        prune(2.0)
+    prune(1 + 1e-9)
+    assert (tmp_path / "out" / "config.json").is_file()
+
+
+def test_a_push_that_would_not_happen_is_said(arguments, toy_data, tmp_path, caplog):
+    args = arguments(max_steps=2)
+    args.push_to_hub = True
+    with caplog.at_level("WARNING"):
+        KDFSPruner(cifar()).prune(tmp_path / "out", KDFSConfig(), toy_data(), args=args)
+    assert "`push_to_hub` of `args` has no effect" in caplog.text
 
 
 def test_a_wrong_argument_is_named(tmp_path, toy_data, arguments):

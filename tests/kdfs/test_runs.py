@@ -240,3 +240,10 @@ def test_a_card_that_cannot_be_written_stops_at_once(runs, options, message, tmp
         script.main()
     assert message in f"{stopped.value}{capsys.readouterr().err}"
     assert (tmp_path / "mine" / "letter.txt").read_text() == "mine"
+
+
+def test_a_process_that_finds_nothing_to_do_ends_without_results(runs, tmp_path):
+    """All runs are in other hands, and none is done: the folder of the results is not there yet."""
+    script = importlib.import_module("kdfs_prune_cifar")
+    assert script.collect(runs.Results(tmp_path / "results" / "final"), {}, final=True)["runs"] == []
+    assert json.loads((tmp_path / "results" / "final" / "results.json").read_text())["runs"] == []

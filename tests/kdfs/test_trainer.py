@@ -220,6 +220,23 @@ def test_distillation_alone(arguments, toy_data):
     assert entry["loss"] == pytest.approx(entry["cross_entropy"] + 2.0 * entry["distillation"], rel=1e-4)
 
 
+@pytest.mark.parametrize("trainer_class", [DistillationTrainer, KDFSTrainer])
+def test_a_teacher_in_another_precision_is_asked_in_its_own(trainer_class, arguments, toy_data):
+    teacher = cifar()
+    rows = [{**row, "pixel_values": row["pixel_values"].bfloat16()} for row in toy_data()]
+    trainer = trainer_class(model=cifar().bfloat16(), args=arguments(max_steps=2), train_dataset=rows, teacher=teacher)
+    trainer.train()
+    assert trainer.state.log_history[-2]["distillation"] > 0
+    assert {weight.dtype for weight in teacher.parameters()} == {torch.float32}
+
+
+def test_a_device_without_float64_is_refused_in_words(arguments, toy_data, monkeypatch):
+    args = arguments()
+    monkeypatch.setattr(type(args), "device", torch.device("mps"))
+    with pytest.raises(ValueError, match="float64, which MPS lacks; set `use_cpu=True`"):
+        KDFSTrainer(cifar(), args, train_dataset=toy_data())
+
+
 def test_a_teacher_with_other_labels_is_refused(arguments, toy_data):
     with pytest.raises(ValueError, match="7 labels and the model 4"):
         KDFSTrainer(cifar(), arguments(), KDFSConfig(), cifar(labels=7), train_dataset=toy_data())
