@@ -421,9 +421,7 @@ def test_what_changed_since_the_interruption_is_named(arguments, toy_data, tmp_p
     with pytest.raises(ValueError, match=r"interrupted run with `round_to` 2 instead of 4") as raised:
         prune(round_to=4)
     assert len(str(raised.value)) < 300 + len(str(tmp_path))
-    with pytest.raises(
-        ValueError, match=r"interrupted run with `teacher` [\d.]+ instead of [\d.]+; start"
-    ):
+    with pytest.raises(ValueError, match=r"interrupted run with `teacher` [\d.]+ instead of [\d.]+; start"):
         prune(teacher=other, round_to=2)
 
 
