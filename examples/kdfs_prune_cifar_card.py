@@ -2,6 +2,7 @@
 
 import json
 import statistics
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -106,9 +107,17 @@ def tables(runs: list[dict], summary: list[dict], judged_on: str) -> list[dict]:
             "columns": [*columns, "time, batch 1", "time, batch 64"],
             "rows": rows,
             "note": "Mean over the seeds; spread is largest minus smallest. Multiply-adds are those of convolutions "
-            "and the linear layer. Time is relative to the dense network, measured in turns in the same process.",
+            "and the linear layer. Time is relative to the dense network, measured on a CPU, one thread, in turns in "
+            f"the same process. {machines(runs)}",
         }
     ]
+
+
+def machines(runs: list[dict]) -> str:
+    """How many runs were done on which hardware."""
+    count = Counter(run["meta"].get("gpu") or run["meta"]["cpu"] for run in runs)
+    names = ", ".join(f"{name} ({number} run{'s' if number > 1 else ''})" for name, number in count.most_common())
+    return f"Trained on: {names}."
 
 
 def show(value: float | str) -> str:

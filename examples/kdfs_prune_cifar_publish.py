@@ -106,9 +106,10 @@ def write_pruned(
             f"{own['macs'] / 1e6:.1f} M instead of {before:.1f} M, {own['parameters']:,} parameters. "
             f"{100 * value:.2f} % on the {results['judged_on']}, in half precision; {100 * own['accuracy']:.2f} % as "
             f"it was trained. The network it was pruned from is `{DENSE_NAME}`.",
-            "method": "Every convolution learned which of its filters to keep: keep and drop logits, sampled by a "
-            "straight-through Gumbel-softmax, were trained with the weights under a target for the multiply-adds and "
-            "the teacher's answers and feature maps. Then the dropped filters were cut out, which changes no answer "
+            "method": "Every convolution learned which of its filters to keep: keep and drop logits, set at first by "
+            "how much the loss depends on a filter for what it costs, were sampled by a straight-through "
+            "Gumbel-softmax and trained with the weights under a target for the multiply-adds and the teacher's "
+            "answers and feature maps. Then the dropped filters were cut out, which changes no answer "
             "since the masks act after normalisation, and the smaller network was trained on. Teacher and start: "
             f"the ResNet-20 of {GIVEN}, trained for two more epochs on these images before this project took it up.",
             "paper": PAPER,
@@ -123,7 +124,7 @@ def write_pruned(
             "limits": LIMITS + PRUNED_LIMITS,
             "details": {
                 **{name: own[name] for name in ("macs", "parameters", "layers")},
-                "summary": results["summary"],
+                "figures": {row["arm"]: row for row in results["summary"]},
             },
         }
         write_results(building, document(NAME, value, results, **fields))

@@ -133,11 +133,10 @@ def _quote(file: Path) -> list[str]:
     """The CIFAR-10 result of the card beside, if it is there."""
     if not file.is_file():
         return []
-    found = json.loads(file.read_text(encoding="utf-8"))["details"]["summary"]
-    rows = {row["arm"]: row for row in found}
+    rows = json.loads(file.read_text(encoding="utf-8"))["details"]["figures"]
     pruned, dense = rows["kdfs"], rows.get("dense")
     sentence = (
         f"From the card of {CARD}: {100 * pruned['accuracy']:.2f} % on CIFAR-10 with "
         f"{100 * pruned['flops_reduction']:.0f} % fewer multiply-adds"
     )
-    return [sentence + (f", {100 * dense['accuracy']:.2f} % dense." if dense else ".")]
+    return [sentence + (f", {100 * dense['accuracy']:.2f} % dense, trained as long." if dense else ".")]
