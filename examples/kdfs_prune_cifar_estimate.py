@@ -60,7 +60,11 @@ def arm_seconds(arm: Arm, teacher: torch.nn.Module, data: Images, options: Any) 
             config = kdfs_config(arm, options)
             trainer = KDFSTrainer(copy.deepcopy(teacher), settings(), config, folded(teacher), **common)
             sampling = step_seconds(trainer)
-        model = copy.deepcopy(teacher) if arm.kind == "dense" else random_network(teacher, arm.reduction, 0)
+        model = (
+            copy.deepcopy(teacher)
+            if arm.kind == "dense"
+            else random_network(teacher, arm.reduction, 0, options.exclude_layers)
+        )
         weight = options.kd_weight if arm.distil else 0.0
         trainer = DistillationTrainer(model, settings(), teacher=folded(teacher), kd_weight=weight, **common)
         return sampling, step_seconds(trainer)

@@ -227,16 +227,18 @@ def _load_data(arguments: argparse.Namespace, processor: Any, config: Any) -> tu
             )
     if isinstance(features[image], Image) or _holds_bytes(features[image]):
         data = data.cast_column(image, Image(decode=False))  # decoded below, where a broken one can be named
+    held_out = arguments.eval_split or next((name for name in ("test", "validation", "val") if name in data), None)
+    if held_out is not None and held_out not in data:
+        raise ValueError(f"--eval-split {held_out} is not in the dataset; it has {', '.join(data)}.")
     number = _label_numbers(arguments, data[arguments.train_split], label, config)
+    if held_out is not None:  # what is wrong there would else show after the training
+        _label_numbers(arguments, data[held_out], label, config)
 
     def prepare(rows: dict[str, list[Any]]) -> dict[str, Any]:
         images = [_decode(arguments, picture).convert("RGB") for picture in rows[image]]
         labels = [number(value) for value in rows[label]]
         return {"pixel_values": processor(images, return_tensors="pt")["pixel_values"], "labels": labels}
 
-    held_out = arguments.eval_split or next((name for name in ("test", "validation", "val") if name in data), None)
-    if held_out is not None and held_out not in data:
-        raise ValueError(f"--eval-split {held_out} is not in the dataset; it has {', '.join(data)}.")
     test = data[held_out].with_transform(prepare) if held_out else None
     return data[arguments.train_split].with_transform(prepare), test
 
@@ -283,6 +285,7 @@ def _label_numbers(arguments: argparse.Namespace, rows: Any, column: str, config
     names = dict(enumerate(getattr(rows.features[column], "names", None) or ()))
     words = {word: number for number, word in config.id2label.items()}
     if names and set(names.values()) <= set(words):
+        _check_range(arguments, rows, values, len(names))
         return lambda value: words[names[value]]
     known = sorted(set(names.values()) & set(words))
     if known:  # by their numbers they would be other classes of the model
@@ -299,13 +302,21 @@ def _label_numbers(arguments: argparse.Namespace, rows: Any, column: str, config
                 f"{missing!r}; prune a model that was trained on these classes."
             )
         return lambda value: words[value]
-    for extreme in (max(values), min(values)):
-        if not 0 <= extreme < config.num_labels:
-            raise ValueError(
-                f"--dataset {arguments.dataset} has label {extreme}, but the model has {config.num_labels} labels; "
-                "prune a model that was trained on these classes."
-            )
+    _check_range(arguments, rows, values, config.num_labels)
     return int
+
+
+def _check_range(arguments: argparse.Namespace, rows: Any, values: set[int], count: int) -> None:
+    """Refuse labels below 0, with which datasets mark rows without one, and those that the model does not have."""
+    for extreme in (max(values, default=0), min(values, default=0)):
+        if not 0 <= extreme < count:
+            remedy = "prune a model that was trained on these classes"
+            if extreme < 0:
+                remedy = "name a split in which every row has its class, by --train-split or --eval-split"
+            raise ValueError(
+                f"--dataset {arguments.dataset}, split {rows.split}, has label {extreme}, but the model has {count} "
+                f"labels; {remedy}."
+            )
 
 
 class ImageCollator:

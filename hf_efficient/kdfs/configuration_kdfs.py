@@ -33,6 +33,12 @@ def _check_patterns(name: str, patterns: list[str] | None) -> None:
             ) from error
 
 
+def _can_be_set(kind: type, name: str) -> bool:
+    """Whether a class has an attribute of this name that is neither a method nor read-only."""
+    found = getattr(kind, name, len)  # a function stands for none
+    return not callable(found) and not (isinstance(found, property) and found.fset is None)
+
+
 OPEN_SHARE: Rule = ("a number in (0, 1)", lambda value: _is_number(value) and 0 < value < 1)
 SHARE: Rule = ("a number in [0, 1)", lambda value: _is_number(value) and 0 <= value < 1)
 POSITIVE: Rule = ("a number above 0", lambda value: _is_number(value) and value > 0)
@@ -147,7 +153,7 @@ class KDFSConfig(BaseConfig):
 
     def __post_init__(self, **kwargs: object):
         known = {"optimum_version", "transformers_version"}
-        unknown = [name for name in kwargs if name not in known and not hasattr(type(self), name)]
+        unknown = [name for name in kwargs if name not in known and not _can_be_set(type(self), name)]
         if unknown:
             raise ValueError(f"`{unknown[0]}` is not a setting of KDFSConfig; the settings are {', '.join(RULES)}.")
         super().__post_init__(**kwargs)
@@ -157,6 +163,8 @@ class KDFSConfig(BaseConfig):
                 raise ValueError(f"`{name}` must be {rule}, but is {value!r}; give another value.")
         for name in ("include_layers", "exclude_layers"):
             _check_patterns(name, getattr(self, name))
+            if getattr(self, name) is not None:  # as a file gives it back
+                setattr(self, name, list(getattr(self, name)))
 
     @property
     def keep_share(self) -> float:

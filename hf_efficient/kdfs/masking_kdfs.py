@@ -4,6 +4,7 @@ A mask acts on the *output* of a module. For a convolution or a normalisation th
 weight and bias, which costs nothing per pixel, so the parameters are replaced by masked ones while the module runs.
 """
 
+import math
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -153,10 +154,11 @@ class KDFSMaskedModel(nn.Module):
                 f"the widest layer that may be pruned has {max(self.sizes)}; lower `min_filters` or `round_to`."
             )
         if config.target_flops_reduction > limit:
+            named = f"{math.floor(limit * 1e4) / 1e4:.4f}"  # rounded down: it can be reached
             raise ValueError(
-                f"`target_flops_reduction` must be at most {limit:.4f} for this network with min_filters="
+                f"`target_flops_reduction` must be at most {named} for this network with min_filters="
                 f"{config.min_filters} and round_to={config.round_to}, but is {config.target_flops_reduction}; "
-                f"choose a target in (0, {limit:.4f}]."
+                f"choose a target in (0, {named}]."
             )
         self.network = network.to(memory_format=torch.contiguous_format)  # safetensors holds no other layout
         reference = next(network.parameters())

@@ -16,6 +16,28 @@ from transformers.modeling_outputs import (
 from .configuration_cifar_resnet import CifarResNetConfig
 
 
+def classification_loss(logits: Tensor, labels: Tensor, problem_type: str | None = None) -> Tensor:
+    """Cross entropy in single precision, the loss of networks that choose one class per image.
+
+    Args:
+        logits (`torch.FloatTensor` of shape `(batch, num_labels)`): Logits.
+        labels (`torch.LongTensor` of shape `(batch,)`): Classes.
+        problem_type (`str`, *optional*): As in the configuration.
+
+    Returns:
+        `torch.FloatTensor` without axes.
+
+    Raises:
+        ValueError: If `problem_type` names another problem.
+    """
+    if problem_type not in (None, "single_label_classification"):
+        raise ValueError(
+            f"`problem_type` must be 'single_label_classification', but is {problem_type!r}; leave `labels` out and "
+            "take the loss of the logits yourself."
+        )
+    return F.cross_entropy(logits.float(), labels)
+
+
 class CifarResNetBlock(nn.Module):
     """Two 3x3 convolutions beside a shortcut without parameters (every second pixel, zero-padded channels).
 
@@ -130,9 +152,12 @@ class CifarResNetForImageClassification(CifarResNetPreTrainedModel):
 
         Returns:
             [`ImageClassifierOutputWithNoAttention`]: `logits` of shape `(batch, num_labels)` and the loss.
+
+        Raises:
+            ValueError: If labels are given and the configuration's `problem_type` is another than one class per image.
         """
         logits = self.linear(self.cifar_resnet(pixel_values).pooler_output)
-        loss = None if labels is None else F.cross_entropy(logits.float(), labels)
+        loss = None if labels is None else classification_loss(logits, labels, self.config.problem_type)
         return ImageClassifierOutputWithNoAttention(loss=loss, logits=logits)
 
     @classmethod

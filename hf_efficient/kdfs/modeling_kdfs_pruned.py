@@ -11,7 +11,6 @@ import uuid
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoModelForImageClassification, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import (
@@ -21,7 +20,7 @@ from transformers.modeling_outputs import (
 
 from .configuration_cifar_resnet import CifarResNetConfig
 from .configuration_kdfs_pruned import KDFSPrunedConfig
-from .modeling_cifar_resnet import CifarResNetForImageClassification
+from .modeling_cifar_resnet import CifarResNetForImageClassification, classification_loss
 
 
 def scatter_channels(features: Tensor, filter_index: Tensor) -> Tensor:
@@ -215,10 +214,13 @@ class KDFSPrunedModelForImageClassification(KDFSPrunedModel):
         Returns:
             [`ImageClassifierOutputWithNoAttention`]: `logits` of shape `(batch, num_labels)`, the loss and the base
             network's hidden states if it was asked for them.
+
+        Raises:
+            ValueError: If labels are given and the configuration's `problem_type` is another than one class per image.
         """
         kwargs.pop("return_dict", None)
         output = self.network(pixel_values, **kwargs)
-        loss = None if labels is None else F.cross_entropy(output.logits.float(), labels)
+        loss = None if labels is None else classification_loss(output.logits, labels, self.config.problem_type)
         return ImageClassifierOutputWithNoAttention(
             loss=loss, logits=output.logits, hidden_states=getattr(output, "hidden_states", None)
         )

@@ -280,7 +280,8 @@ class KDFSPruner:
         check_no_source(save_directory, {"`model`": self.model, "`teacher`": self.teacher}, "`save_directory`")
         image = first_image(train_dataset)
         dtype = next((weight.dtype for weight in self.model.parameters()), image.dtype)
-        if image.dtype != dtype and not (args is not None and (args.bf16 or args.fp16)):
+        mixed = args is not None and (args.bf16 or args.fp16) and image.is_floating_point()
+        if image.dtype != dtype and not mixed:
             raise ValueError(
                 f"`train_dataset` must yield `pixel_values` in the model's {dtype}, but they are {image.dtype}; load "
                 "the model in float32 (TrainingArguments(bf16=True) trains it in mixed precision), or cast the rows."
@@ -431,7 +432,7 @@ class KDFSPruner:
             if self.processing_class is not None and not timm:
                 self.processing_class.save_pretrained(unfinished)
             write_report(unfinished, self.report)
-            for name in DERIVED:  # of an earlier pruning, with other weights
+            for name in ("config.json", *DERIVED):  # of an earlier pruning, with other weights
                 (save_directory / name).unlink(missing_ok=True)
             files = sorted(unfinished.iterdir(), key=lambda path: path.name == "config.json")
             for path in files:  # config.json last: before it nothing loads

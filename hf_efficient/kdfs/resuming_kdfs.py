@@ -58,6 +58,8 @@ class Run:
             for phase in PHASES:  # a finished run's checkpoints must not be taken for this one's
                 for checkpoint in _checkpoints(self.folder / phase):
                     shutil.rmtree(checkpoint)
+            for name in (SAMPLED_NAME, HISTORY_NAME):  # left where a run was cut off while it was closed
+                (self.folder / name).unlink(missing_ok=True)
             write_json(path, settings)
         trainer.accelerator.wait_for_everyone()
 

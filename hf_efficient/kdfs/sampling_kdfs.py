@@ -282,9 +282,10 @@ def fit_masks(
 ) -> list[Tensor]:
     """Flip the least certain filters until the masks cost what they should.
 
-    Starts from [`choose_filters`], rounds every layer to an allowed count, then moves single layers by one allowed
-    step, always the one whose filters are least certain, until the kept share of the multiply-adds is as close to
-    `keep_share` as single moves bring it, from below where both sides are equally close.
+    Starts from [`choose_filters`] and rounds every layer to an allowed count. Then single layers move by one allowed
+    step, always the one whose filters are least certain: down until the cost is no longer above `keep_share`, up as
+    long as a step fits. Where that misses by more than 0.5 % of the cost, the step, or the pair of a step up and one
+    down, that ends nearest is taken, on either side, until none ends nearer.
 
     Args:
         logits (`list[torch.FloatTensor]`): Drop and keep logits of shape `(filters, 2)` per group.

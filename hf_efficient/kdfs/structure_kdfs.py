@@ -95,6 +95,7 @@ class NetworkStructure:
         layers (`dict[str, Layer]`): All convolutions, linear layers and normalisations by module name.
         stages (`list[str]`): Module whose output is the last full feature map of each resolution.
         stage_channels (`dict[str, int]`): Width of each of these feature maps.
+        stage_sizes (`dict[str, tuple[int, int]]`): Their height and width.
         whole (`dict[str, str]`): Convolutions left whole, with the reason.
         input_shape (`tuple[int, int, int]`): Channels, height, width of the image it was read with.
     """
@@ -103,6 +104,7 @@ class NetworkStructure:
     layers: dict[str, Layer] = field(default_factory=dict)
     stages: list[str] = field(default_factory=list)
     stage_channels: dict[str, int] = field(default_factory=dict)
+    stage_sizes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     whole: dict[str, str] = field(default_factory=dict)
     input_shape: tuple[int, ...] = (3, 32, 32)
 
@@ -410,12 +412,13 @@ class _Decisions:
 def _stages(reader: _Reader) -> dict[str, int]:
     """The widest readable feature map of every resolution at which something is pruned; whole ones are preferred."""
     resolutions = list(dict.fromkeys(size for size, *_ in reader.maps))
+    latest = {item[1]: item for item in reader.maps}  # of a module that runs twice its last output is kept
     pruned = {
         size for size, name, *_ in reader.maps if name in reader.layers and (reader.layers[name].outputs > 0).any()
     }
     stages = {}
     for resolution in resolutions:
-        maps = [item for item in reader.maps if item[0] == resolution and item[2]]
+        maps = [item for item in latest.values() if item[0] == resolution and item[2]]
         wide = [item for item in maps if item[3]] or maps
         if resolution in pruned and wide:
             last = max(enumerate(wide), key=lambda item: (item[1][4], item[0]))[1]  # the widest, of these the last
@@ -473,4 +476,13 @@ def read_structure(
     followers = {name for name, layer in reader.layers.items() if layer.kind == "depthwise" and layer.outputs.any()}
     whole = {name: reason for name, reason in rules.whole.items() if name in reader.modules.keys() - followers}
     stages = _stages(reader)
-    return NetworkStructure(reader.groups, reader.layers, list(stages), stages, whole, tuple(input_shape[-3:]))
+    sizes = {name: tuple(size) for size, name, *_ in reader.maps}
+    return NetworkStructure(
+        groups=reader.groups,
+        layers=reader.layers,
+        stages=list(stages),
+        stage_channels=stages,
+        stage_sizes={name: sizes[name] for name in stages},
+        whole=whole,
+        input_shape=tuple(input_shape[-3:]),
+    )

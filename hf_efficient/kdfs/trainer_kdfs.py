@@ -18,6 +18,7 @@ from .pushing_kdfs import PushesNoPickles
 from .sampling_kdfs import gumbel_temperature
 from .slicing_kdfs import host_network
 from .structure_kdfs import NetworkStructure, read_structure
+from .tracing_kdfs import example_input
 
 
 logger = logging.get_logger(__name__)
@@ -332,21 +333,34 @@ class KDFSTrainer(DistillationTrainer):
             return []
         prefix = "network." if host_network(self.teacher) is not self.teacher else ""
         own = {name for name, _ in self.teacher.named_modules()}
-        if all(prefix + name in own for name in structure.stages):
-            return [prefix + name for name in structure.stages]
-        try:
-            theirs = read_structure(self.teacher, structure.input_shape).stages
-        except ValueError:  # no convolutions, such as a vision transformer
-            theirs = []
-        if len(theirs) != len(structure.stages):
+        theirs = [prefix + name for name in structure.stages]
+        if not own.issuperset(theirs):
+            try:
+                theirs = read_structure(self.teacher, structure.input_shape).stages
+            except ValueError:  # no convolutions, such as a vision transformer
+                theirs = []
+        sizes, expected = self._map_sizes(theirs, structure.input_shape), list(structure.stage_sizes.values())
+        if sizes != expected:
             logger.warning(
-                "The teacher has %d stages and the model %d, so the reconstruction loss is left out; "
-                "the distillation of the logits stays.",
-                len(theirs),
-                len(structure.stages),
+                "The teacher's stages have maps of the sizes %s and the model's of %s, so the reconstruction loss is "
+                "left out; the distillation of the logits stays.",
+                sizes,
+                expected,
             )
             return []
         return theirs
+
+    @torch.no_grad()
+    def _map_sizes(self, names: list[str], input_shape: tuple[int, ...]) -> list[tuple[int, ...]]:
+        """Height and width of what some modules of the teacher return."""
+        taps = FeatureTaps(self.teacher, names)
+        try:
+            if names:
+                with self.accelerator.autocast():  # as in training
+                    self.teacher(example_input(self.teacher, input_shape))
+            return [tuple(getattr(taps.features.get(name), "shape", ()))[2:] for name in names]
+        finally:
+            taps.remove()
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train; afterwards the teacher has no hooks any more.
@@ -359,7 +373,9 @@ class KDFSTrainer(DistillationTrainer):
             `TrainOutput`: As of [`~transformers.Trainer.train`].
         """
         resumed = kwargs.get("resume_from_checkpoint", args[0] if args else None)
-        if not resumed and not self._masked_model.importance_is_measured:
+        if resumed:  # its logits are trained ones
+            self._masked_model.importance_is_measured = True
+        elif not self._masked_model.importance_is_measured:
             self.measure_importance()
         if self.teacher_taps is None and self._stages:
             self.teacher_taps = FeatureTaps(self.teacher, self._stages)

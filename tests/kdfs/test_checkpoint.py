@@ -309,3 +309,17 @@ def test_a_broken_config_is_refused(settings, message):
 def test_widths_that_do_not_fit_are_refused(widths, message):
     with pytest.raises(ValueError, match=message):
         KDFSPrunedModelForImageClassification(KDFSPrunedConfig(widths=widths))
+
+
+@pytest.mark.parametrize("pruned", [False, True])
+def test_another_problem_is_not_trained_with_the_cross_entropy(slice_randomly, pruned):
+    """Several classes per image got the loss of one class, in silence."""
+    model = CifarResNetForImageClassification(CifarResNetConfig(depth=8, hidden_sizes=[8, 8, 16], num_labels=4))
+    if pruned:
+        _, model = slice_randomly(model, (3, 16, 16), target_flops_reduction=0.3)
+    images, several = torch.randn(2, 3, 16, 16), torch.tensor([[1.0, 0, 1, 0], [0, 0, 0, 1]])
+    assert model(images, labels=torch.tensor([1, 3])).loss > 0
+    model.config.problem_type = "multi_label_classification"
+    with pytest.raises(ValueError, match=r"`problem_type` must be .* but is 'multi_label_classification'"):
+        model(images, labels=several)
+    assert model(images).loss is None

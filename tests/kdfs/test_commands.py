@@ -142,6 +142,31 @@ def test_labels_the_model_does_not_have(material, tmp_path, capsys, labels, mess
     assert message in error
 
 
+@pytest.mark.parametrize(("named", "labels"), [(False, [0, -1, -1]), (True, [0, -1, -1]), (False, [0, 3, 1])])
+def test_wrong_labels_of_the_test_rows_show_before_the_training(
+    material, tmp_path, capsys, monkeypatch, named, labels
+):
+    """Datasets mark rows without a label by -1; of these the accuracy would be 0, or an error after hours."""
+    from datasets import ClassLabel, Dataset, Features
+    from datasets import Image as Picture
+
+    if named:
+        CifarResNetForImageClassification(
+            CifarResNetConfig(depth=8, hidden_sizes=[8, 8, 16], id2label={0: "a", 1: "b", 2: "c"})
+        ).save_pretrained(material[0])
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    for split, values in (("train", [0, 1, 2]), ("test", labels)):
+        columns = {"image": [Image.new("RGB", (16, 16))] * 3, "label": values}
+        features = Features({"image": Picture(), "label": ClassLabel(names=["a", "b", "c"])}) if named else None
+        Dataset.from_dict(columns, features=features).to_parquet(folder / f"{split}.parquet")
+    monkeypatch.setattr("hf_efficient.kdfs.pruner_kdfs.KDFSPruner.prune", lambda *a, **k: pytest.fail("training"))
+    assert run((material[0], folder), tmp_path) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert f"split test, has label {labels[1]}, but the model has 3 labels" in error
+    assert ("--eval-split" in error) == (labels[1] < 0)
+
+
 def test_classes_are_matched_by_their_words(material, tmp_path):
     """The model's second label is the dataset's third folder."""
     from types import SimpleNamespace

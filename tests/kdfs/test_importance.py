@@ -142,6 +142,7 @@ def test_training_starts_from_it_once(arguments, toy_data, monkeypatch):
     trainer.train()
     again = KDFSTrainer(masked_cifar(initial_importance_spread=2.0), args, train_dataset=toy_data())
     again.train(resume_from_checkpoint=f"{args.output_dir}/checkpoint-1")
+    again.train()  # on with logits that were trained
     assert calls == [8]
 
 

@@ -465,6 +465,9 @@ def test_a_wrong_argument_is_named(tmp_path, toy_data, arguments):
         pruner.prune(tmp_path / "out", {"round_to": 8}, toy_data(), args=arguments())
     with pytest.raises(ValueError, match="`args` must be TrainingArguments, but is a dict"):
         pruner.prune(tmp_path / "out", KDFSConfig(), toy_data(), args={"max_steps": 2})
+    rows = [{"pixel_values": torch.zeros(SHAPE, dtype=torch.uint8), "labels": 0}]
+    with pytest.raises(ValueError, match=r"in the model's torch\.float32, but they are torch\.uint8"):
+        pruner.prune(tmp_path / "out", KDFSConfig(), rows, args=arguments(bf16=True))
     with pytest.raises(ValueError, match=r"in the model's torch\.bfloat16, but they are torch\.float32"):
         KDFSPruner(cifar().bfloat16()).prune(tmp_path / "out", KDFSConfig(), toy_data(), args=arguments())
 

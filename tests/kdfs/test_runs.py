@@ -182,6 +182,20 @@ def test_core_seconds_add_up_over_sittings(runs, tmp_path, monkeypatch):
         clock.on_save(None, None, None)
 
 
+def test_every_kind_of_run_can_be_estimated(runs, tmp_path, monkeypatch):
+    script = importlib.import_module("kdfs_prune_cifar")
+    monkeypatch.setattr(script.faulthandler, "enable", lambda: None)
+    monkeypatch.setattr(script.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(script.tempfile, "tempdir", str(tmp_path))
+    arms = ["dense", "kdfs", "random"]
+    monkeypatch.setattr(sys, "argv", ["kdfs_prune_cifar.py", "--smoke", "--estimate", "--quiet", "--arm", *arms])
+    script.main()
+    (file,) = tmp_path.glob("kdfs_cifar_*/estimate.json")
+    hours = json.loads(file.read_text())
+    assert list(hours) == arms
+    assert all(value > 0 for value in hours.values())
+
+
 @pytest.mark.slow
 def test_the_comparison_goes_on_where_it_was(repository, tmp_path):
     """Two arms, started anew: nothing is trained twice, and a run that only lacks its result is measured alone."""

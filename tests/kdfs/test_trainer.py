@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import TrainerCallback, TrainingArguments
+from transformers import ResNetConfig, ResNetForImageClassification, TrainerCallback, TrainingArguments
 
 from hf_efficient import CifarResNetConfig, CifarResNetForImageClassification, KDFSConfig, KDFSTrainer
 from hf_efficient.kdfs.slicing_kdfs import slice_network
@@ -181,6 +181,7 @@ def test_bfloat16(arguments, toy_data):
     trainer.train()
     assert all(torch.isfinite(parameter).all() for parameter in trainer.model.parameters())
     shares = [entry["flops"] for entry in trainer.state.log_history if "flops" in entry]
+    assert len(shares) == 4
     assert all(0 < share < 1 for share in shares)
     trainer.model.freeze_masks()
     kept = float(trainer.model.cost.count_macs(trainer.model.frozen_masks)) / trainer.model.dense_macs
@@ -208,6 +209,49 @@ def test_a_teacher_without_stages_distils_its_logits_alone(arguments, toy_data, 
     trainer.train()
     entry = next(entry for entry in trainer.state.log_history if "distillation" in entry)
     assert "reconstruction" not in entry
+
+
+@pytest.mark.parametrize("family", ["resnet", "cifar_resnet"])
+def test_maps_of_another_size_are_not_rebuilt(arguments, toy_data, caplog, family):
+    """A teacher of the same class, or with as many stages, that halves its images elsewhere."""
+    shape = {"embedding_size": 8, "layer_type": "basic", "num_labels": 4}
+    resnet = ResNetConfig(hidden_sizes=[8, 16], depths=[1, 1], downsample_in_first_stage=True, **shape)
+    other = {
+        "resnet": ResNetConfig(hidden_sizes=[8, 16], depths=[1, 1], **shape),
+        "cifar_resnet": ResNetConfig(hidden_sizes=[8, 16, 24], depths=[1, 1, 1], **shape),
+    }
+    model = ResNetForImageClassification(resnet) if family == "resnet" else cifar()
+    teacher = ResNetForImageClassification(other[family])
+    config = KDFSConfig(target_flops_reduction=0.3)
+    trainer = KDFSTrainer(model, arguments(max_steps=1), config, teacher, train_dataset=toy_data(size=32))
+    assert "so the reconstruction loss is left out" in caplog.text
+    trainer.train()
+    assert "distillation" in trainer.state.log_history[0]
+    assert not any(module._forward_hooks for module in teacher.modules())
+
+
+class SharedActivation(torch.nn.Module):
+    """One module ends both resolutions; of the first, its output is gone when the second is there."""
+
+    def __init__(self):
+        super().__init__()
+        widths = [(3, 8, 1), (8, 8, 1), (8, 12, 2), (12, 16, 1)]
+        self.convs = torch.nn.ModuleList(torch.nn.Conv2d(a, b, 3, step, padding=1) for a, b, step in widths)
+        self.act, self.last, self.linear = torch.nn.ReLU(), torch.nn.ReLU(), torch.nn.Linear(16, 4)
+
+    def forward(self, pixel_values):
+        hidden = pixel_values
+        for conv in self.convs[:3]:
+            hidden = self.act(conv(hidden))
+        return self.linear(self.last(self.convs[3](hidden)).mean(dim=(2, 3)))
+
+
+def test_a_module_that_runs_twice_ends_no_earlier_stage(arguments, toy_data):
+    model, config = SharedActivation(), KDFSConfig(target_flops_reduction=0.3)
+    trainer = KDFSTrainer(model, arguments(max_steps=1), config, copy.deepcopy(model), train_dataset=toy_data(size=8))
+    assert list(trainer.model.structure.stage_sizes.values()) == [(8, 8), (4, 4)]
+    trainer.train()
+    assert "reconstruction" in trainer.state.log_history[0]
 
 
 def test_distillation_alone(arguments, toy_data):
@@ -336,13 +380,22 @@ def test_a_pattern_that_is_none_is_refused_with_its_fault():
 
 
 def test_unknown_settings_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="target_flop_reduction"):
-        KDFSConfig(target_flop_reduction=0.4)
+    for name in ("target_flop_reduction", "keep_share", "to_dict"):
+        with pytest.raises(ValueError, match=f"`{name}` is not a setting of KDFSConfig"):
+            KDFSConfig(**{name: 0.4})
     config = KDFSConfig(target_flops_reduction=0.4, round_to=8, exclude_layers=["head"])
     config.save_pretrained(tmp_path)
     assert (tmp_path / "kdfs_config.json").is_file()
     loaded = KDFSConfig.from_pretrained(tmp_path)
     assert (loaded.target_flops_reduction, loaded.round_to, loaded.exclude_layers) == (0.4, 8, ["head"])
+
+
+def test_the_target_that_a_refusal_names_is_taken(mask):
+    model = CifarResNetForImageClassification(CifarResNetConfig(depth=8, hidden_sizes=[8, 16, 32], num_labels=4))
+    with pytest.raises(ValueError, match=r"must be at most 0\.\d+") as refused:
+        mask(model, (3, 16, 16), target_flops_reduction=0.9, round_to=4)
+    named = float(re.search(r"at most ([\d.]+)", str(refused.value)).group(1))
+    mask(model, (3, 16, 16), target_flops_reduction=named, round_to=4)
 
 
 DISTRIBUTED = """
