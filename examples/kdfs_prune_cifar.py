@@ -82,6 +82,8 @@ def parse() -> argparse.Namespace:
     needed = not (options.smoke or options.status)
     if needed and (options.weights is None or (options.data is None and not options.estimate)):
         parser.error("--data and --weights are needed (or --smoke)")
+    if options.epochs is not None and options.epochs <= 0:
+        parser.error(f"--epochs must be above 0, but is {options.epochs:g}; leave it out for the default.")
     for card in (options.card, options.card.parent / DENSE_NAME) if options.card else ():
         if card.exists() and any(card.iterdir()) and not (card / "results.json").is_file():
             parser.error(f"--card: {card} holds other files, which would be deleted: name a new folder.")
@@ -121,8 +123,8 @@ def work(options: argparse.Namespace, output: Path, results: Results, train: Ima
             if done is not None:
                 check_recipe(done, recipe(options, arm), results.folder)
                 continue
-            if not mine or (arm.kind == "scratch" and results.load("kdfs", seed) is None):
-                print(f"{name} seed {seed}: " + ("needs kdfs first" if mine else "another process is at it"))
+            if not mine or (arm.kind == "scratch" and not results.weights("kdfs", seed).is_dir()):
+                print(f"{name} seed {seed}: " + ("needs kdfs seed 0 first" if mine else "another process is at it"))
                 left += 1
                 continue
             teacher = load_teacher(options.weights, arm.depth, options.smoke)
@@ -160,6 +162,8 @@ def main() -> None:
     if options.card and options.weights and not (options.weights / "LICENSE").is_file():
         raise SystemExit(f"--card: {options.weights} holds no LICENSE, which goes with the networks: put it there.")
     options.meta = run_meta()
+    if options.cpu:
+        options.meta.pop("gpu", None)  # torch sees one, no run uses it
     train, held_out = load_data(options.data, options.final, options.smoke)
     left = work(options, output, results, train, held_out)
     document = collect(results, options.meta, options.final)

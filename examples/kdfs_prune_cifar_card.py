@@ -107,8 +107,10 @@ def tables(runs: list[dict], summary: list[dict], judged_on: str) -> list[dict]:
             "columns": [*columns, "time, batch 1", "time, batch 64"],
             "rows": rows,
             "note": "Mean over the seeds; spread is largest minus smallest. Multiply-adds are those of convolutions "
-            "and the linear layer. Time is relative to the dense network, measured on a CPU, one thread, in turns in "
-            f"the same process. {machines(runs)}",
+            "and the linear layer. Networks that are trained on, from scratch or pruned by Torch-Pruning learn from "
+            "the labels alone unless distillation is named; KDFS without distillation still has the teacher's feature "
+            "maps. Time is relative to the dense network, median over the seeds, one thread, both in turns on the CPU "
+            f"of the machine of the run. {machines(runs)}",
         }
     ]
 

@@ -38,6 +38,8 @@ LIMITS = [
 PRUNED_LIMITS = [
     "At this size a network is bound by calls more than by arithmetic: half of the multiply-adds is not half of the "
     "time, see the measured times.",
+    "Rates and the strength of distillation were tried with more recipes of KDFS than of the others, see the trials; "
+    "every arm then got the same rate, and every arm with distillation the same.",
     "The authors train for 350 epochs; here every network had the epochs named in the table.",
     "Torch-Pruning cannot follow the parameter-free shortcuts, which pad with zeros, so here it prunes the first "
     "convolution of every block alone; KDFS prunes both.",
@@ -106,8 +108,8 @@ def write_pruned(
             f"{own['macs'] / 1e6:.1f} M instead of {before:.1f} M, {own['parameters']:,} parameters. "
             f"{100 * value:.2f} % on the {results['judged_on']}, in half precision; {100 * own['accuracy']:.2f} % as "
             f"it was trained. The network it was pruned from is `{DENSE_NAME}`.",
-            "method": "Every convolution learned which of its filters to keep: keep and drop logits, set at first by "
-            "how much the loss depends on a filter for what it costs, were sampled by a straight-through "
+            "method": "Every convolution of the residual blocks learned which of its filters to keep: logits, set at "
+            "first by how much the loss depends on a filter for what it costs, were sampled by a straight-through "
             "Gumbel-softmax and trained with the weights under a target for the multiply-adds and the teacher's "
             "answers and feature maps. Then the dropped filters were cut out, which changes no answer "
             "since the masks act after normalisation, and the smaller network was trained on. Teacher and start: "
@@ -124,6 +126,10 @@ def write_pruned(
             "limits": LIMITS + PRUNED_LIMITS,
             "details": {
                 **{name: own[name] for name in ("macs", "parameters", "layers")},
+                "time_ratio": {
+                    size: own["latency_seconds"][size]["sliced"] / own["latency_seconds"][size]["dense"]
+                    for size in ("1", "64")
+                },
                 "figures": {row["arm"]: row for row in results["summary"]},
             },
         }
