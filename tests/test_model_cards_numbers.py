@@ -1,5 +1,6 @@
 """At least one number of every card, measured again from its checkpoint; slow."""
 
+import re
 import sys
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from PIL import Image
 from transformers import AutoModelForImageClassification, AutoModelForImageTextToText, AutoProcessor
 
 from hf_efficient import Pix2PixModel, count_flops
+from hf_efficient.kdfs import quickstart_kdfs
 from hf_efficient.results import read_results
 from hf_efficient.toe import speedup_bound
 
@@ -77,8 +79,6 @@ def test_toe_has_as_many_parameters_and_the_same_bound():
 @pytest.mark.parametrize("name", ["resnet20-kdfs-cifar10", "resnet20-cifar10"])
 def test_resnet20_costs_what_its_card_says(name):
     """The images are not free to ship; multiply-adds and parameters follow from the checkpoint alone."""
-    if not (CARDS / name).is_dir():
-        pytest.skip("this checkpoint is not trained yet: its folder is not in model_cards/")
     results = read_results(CARDS / name)
     model = AutoModelForImageClassification.from_pretrained(CARDS / name, trust_remote_code=True, dtype=torch.float32)
     macs, parameters = results["details"]["macs"], results["details"]["parameters"]
@@ -86,3 +86,12 @@ def test_resnet20_costs_what_its_card_says(name):
     assert sum(parameter.numel() for parameter in model.parameters()) == parameters
     assert f"{parameters:,} parameters" in results["summary"]
     assert f"{macs / 1e6:.1f} M" in results["summary"]
+
+
+def test_quickstart_quotes_the_table_of_the_card():
+    folder = CARDS / quickstart_kdfs.CARD
+    [said] = quickstart_kdfs._quote(folder / "results.json")
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    for title in ("KDFS -50 %", "dense, trained on for the same epochs"):
+        value = re.search(rf"^\| {title} \| ([\d.]+) \|", card, re.M)[1]
+        assert f"{value} %" in said

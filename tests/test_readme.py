@@ -87,9 +87,7 @@ def test_the_two_commands_stand_there():
 def test_links_lead_somewhere():
     targets = re.findall(r"\]\((?!https?://)([^)#]+)(?:#[^)]*)?\)", TEXT)
     assert targets
-    planned = {"model_cards/dynamic-llava-easy-vqa", "model_cards/dynamic-llava-scenes"}  # written by the examples
-    missing = [target for target in targets if not (REPOSITORY / target).exists() and target not in planned]
-    assert not missing
+    assert not [target for target in targets if not (REPOSITORY / target).exists()]
     anchors = {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in HEADINGS}
     assert set(re.findall(r"\]\(#([^)]+)\)", TEXT)) <= anchors
 
@@ -192,9 +190,7 @@ def test_snippets_run_in_order(tmp_path):
     import os
     import subprocess
 
-    used = sorted(set(re.findall(r"model_cards/[\w-]+", "".join(SNIPPETS))))
-    missing = [name for name in used if not (REPOSITORY / name).is_dir()]
-    codes = [code for code in SNIPPETS if not any(name in code for name in missing)]
+    codes = SNIPPETS
     assert len(codes) >= 3
     for name in TOYS:
         codes = [code.replace(f'"{name}"', f'"{tmp_path}/toys/{name}"') for code in codes]
@@ -209,5 +205,3 @@ def test_snippets_run_in_order(tmp_path):
         timeout=600,
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    if missing:
-        pytest.skip(f"ran but for the snippets of {', '.join(missing)}: not trained yet")
