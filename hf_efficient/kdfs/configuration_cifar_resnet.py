@@ -41,7 +41,7 @@ class CifarResNetConfig(PreTrainedConfig):
 
     def to_diff_dict(self) -> dict[str, Any]:
         """Modifications: labels are always written; two of them, transformers' default, would be read as ten. So is
-        what remote code is, the network without its linear layer included.
+        `auto_map`, so that `AutoModel` finds the network without its linear layer as well.
 
         Returns:
             `dict`: What `config.json` holds.

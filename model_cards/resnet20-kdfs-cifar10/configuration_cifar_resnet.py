@@ -40,12 +40,19 @@ class CifarResNetConfig(PreTrainedConfig):
             )
 
     def to_diff_dict(self) -> dict[str, Any]:
-        """Modifications: labels are always written; two of them, transformers' default, would be read as ten.
+        """Modifications: labels are always written; two of them, transformers' default, would be read as ten. So is
+        `auto_map`, so that `AutoModel` finds the network without its linear layer as well.
 
         Returns:
             `dict`: What `config.json` holds.
         """
-        return {**super().to_diff_dict(), "id2label": dict(self.id2label), "label2id": dict(self.label2id)}
+        fields = {**super().to_diff_dict(), "id2label": dict(self.id2label), "label2id": dict(self.label2id)}
+        fields["auto_map"] = {
+            "AutoConfig": "configuration_cifar_resnet.CifarResNetConfig",
+            "AutoModel": "modeling_cifar_resnet.CifarResNetModel",
+            "AutoModelForImageClassification": "modeling_cifar_resnet.CifarResNetForImageClassification",
+        }
+        return fields
 
     @property
     def blocks_per_stage(self) -> int:
