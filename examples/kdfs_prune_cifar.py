@@ -6,8 +6,8 @@
     python examples/kdfs_prune_cifar.py --smoke
 
 DATA holds train.parquet and test.parquet (columns `image`, `label`), WEIGHTS the trained networks
-`resnet20_jpeg.safetensors` (87.9 % on the test images) and `resnet56_jpeg.safetensors` (89.1 %) in the layout of
-pytorch_resnet_cifar10. Every run has 20 epochs in all (ResNet-56: 10) and takes 0.5 to 1.2 hours on a core with
+`resnet20_jpeg.safetensors` (87.9 % on the test images) and `resnet56_jpeg.safetensors` (89.1 %): the networks of
+pytorch_resnet_cifar10 after two more epochs on these images, which are JPEG-compressed, or others in that layout. Every run has 20 epochs in all (ResNet-56: 10) and takes 0.5 to 1.2 hours on a core with
 AVX-512, four times as long on a slow one without, a third less with `--bf16` where the CPU multiplies bfloat16; all of
 them are 14 core-hours there (10), which `--estimate` measures on the machine at hand in a minute. Start the same command once per core: a process takes the next run that no other has.
 Without `--final` a run trains on the first 45,000 rows and is judged on the last 5,000 (which the given weights have
@@ -34,6 +34,7 @@ from kdfs_prune_cifar_arms import ARMS, run_arm
 from kdfs_prune_cifar_card import summarise
 from kdfs_prune_cifar_data import Images, load_data
 from kdfs_prune_cifar_estimate import estimate
+from kdfs_prune_cifar_memory import keep_memory
 from kdfs_prune_cifar_networks import load_teacher
 from kdfs_prune_cifar_publish import DENSE_NAME, write_dense, write_pruned
 from kdfs_prune_cifar_runs import Results, check_recipe, claim, recipe, show_status
@@ -161,6 +162,11 @@ def main() -> None:
         raise SystemExit("--card needs the arm kdfs with seed 0: add them to --arm and --seed.")
     if options.card and options.weights and not (options.weights / "LICENSE").is_file():
         raise SystemExit(f"--card: {options.weights} holds no LICENSE, which goes with the networks: put it there.")
+    if not options.smoke:
+        networks = sorted({f"resnet{ARMS[name].depth}_jpeg.safetensors" for name in options.arm or ARMS})
+        for folder, names in ((options.data, ["train.parquet", "test.parquet"]), (options.weights, networks)):
+            if missing := [name for name in names if not (folder / name).is_file()]:
+                raise SystemExit(f"{folder} must hold {' and '.join(names)}, but {missing[0]} is not there.")
     options.meta = run_meta()
     if options.cpu:
         options.meta.pop("gpu", None)  # torch sees one, no run uses it
@@ -177,10 +183,12 @@ def main() -> None:
     elif options.card:
         licence = options.weights and options.weights / "LICENSE"
         choices, network = results.folder.parent / "choices", results.weights("kdfs", 0)
-        print("wrote", write_pruned(options.card, network, document, choices, held_out, licence))
         teacher, dense = load_teacher(options.weights, 20, options.smoke), options.card.parent / DENSE_NAME
+        print("wrote", write_pruned(options.card, network, teacher, document, choices, held_out, licence))
         print("wrote", write_dense(dense, teacher, document, held_out, licence))
 
 
 if __name__ == "__main__":
+    if "--card" in sys.argv:
+        keep_memory()
     main()

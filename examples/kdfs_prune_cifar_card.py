@@ -73,7 +73,7 @@ def given_rows(runs: list[dict]) -> list[list]:
         macs, accuracy = run["macs"] / (1 - run["flops_reduction"]), run["teacher_accuracy"]
         parameters = next((f"{other['parameters']:,}" for other in runs if is_dense(other, depth)), "-")
         row = [f"ResNet-{depth} as it was given", f"{100 * accuracy:.2f}", "-", 1, "0", f"{macs / 1e6:.2f}", "0.0"]
-        rows.append([*row, parameters, "1.00", "1.00"])
+        rows.append([*row, parameters])
     return rows
 
 
@@ -95,8 +95,6 @@ def tables(runs: list[dict], summary: list[dict], judged_on: str) -> list[dict]:
             f"{row['macs'] / 1e6:.2f}",
             f"{100 * row['flops_reduction']:.1f}",
             f"{row['parameters']:,}",
-            f"{row['latency_ratio']['1']:.2f}",
-            f"{row['latency_ratio']['64']:.2f}",
         ]
         for row in summary
     ]
@@ -104,21 +102,20 @@ def tables(runs: list[dict], summary: list[dict], judged_on: str) -> list[dict]:
     return [
         {
             "title": f"Accuracy on the {judged_on}",
-            "columns": [*columns, "time, batch 1", "time, batch 64"],
+            "columns": columns,
             "rows": rows,
             "note": "Mean over the seeds; spread is largest minus smallest. Multiply-adds are those of convolutions "
             "and the linear layer. Networks that are trained on, from scratch or pruned by Torch-Pruning learn from "
             "the labels alone unless distillation is named; KDFS without distillation still has the teacher's feature "
-            "maps. Time is relative to the dense network, median over the seeds, one thread, both in turns on the CPU "
-            f"of the machine of the run. {machines(runs)}",
+            f"maps. {machines(runs)}",
         }
     ]
 
 
 def machines(runs: list[dict]) -> str:
     """How many runs were done on which hardware."""
-    count = Counter(run["meta"].get("gpu") or run["meta"]["cpu"] for run in runs)
-    names = ", ".join(f"{name} ({number} run{'s' if number > 1 else ''})" for name, number in count.most_common())
+    count = Counter(" beside ".join(filter(None, (run["meta"].get("gpu"), run["meta"]["cpu"]))) for run in runs)
+    names = "; ".join(f"{name} ({number} run{'s' if number > 1 else ''})" for name, number in count.most_common())
     return f"Trained on: {names}."
 
 

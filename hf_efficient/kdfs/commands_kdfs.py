@@ -303,6 +303,20 @@ def _label_numbers(arguments: argparse.Namespace, rows: Any, column: str, config
             )
         return lambda value: words[value]
     _check_range(arguments, rows, values, config.num_labels)
+    named = config.id2label.get(0) != "LABEL_0" and not any(name.isdigit() for name in names.values())
+    if names and named and len(names) != config.num_labels:
+        raise ValueError(
+            f"--dataset {arguments.dataset} has {len(names)} classes, {names[0]!r} the first, none of which is one of "
+            f"the model's {config.num_labels}, {config.id2label[0]!r} the first; name them alike, or prune a model "
+            "that was trained on these classes."
+        )
+    if names and named:
+        from transformers.utils import logging
+
+        logging.get_logger(__name__).warning_once(
+            f"No class of {arguments.dataset} is named as in the model, so they are taken in order: {names[0]!r} as "
+            f"{config.id2label[0]!r}."
+        )
     return int
 
 
