@@ -196,7 +196,7 @@ def test_classes_of_which_the_model_knows_some_are_refused(material, tmp_path, c
 
 
 @pytest.mark.parametrize(("labels", "code"), [(4, 2), (3, 0)])
-def test_classes_of_which_the_model_knows_none(labels, code, material, tmp_path, capfd):
+def test_classes_of_which_the_model_knows_none(labels, code, material, tmp_path, capfd, caplog):
     """Of another number they are refused; of the same, they may be the same in other words, which is said."""
     model = material[0]
     names = dict(enumerate(["x", "y", "z", "w"][:labels]))
@@ -204,7 +204,7 @@ def test_classes_of_which_the_model_knows_none(labels, code, material, tmp_path,
         CifarResNetConfig(depth=8, hidden_sizes=[8, 8, 16], id2label=names)
     ).save_pretrained(model)
     assert run(material, tmp_path, "--target-flops-reduction", "0.4", "--max-steps", "1") == code
-    said = capfd.readouterr().err
+    said = capfd.readouterr().err + caplog.text
     if code:
         assert "has 3 classes, 'a' the first, none of which is one of the model's 4, 'x' the first" in said
     else:
