@@ -516,13 +516,16 @@ def test_command_complains_in_one_sentence(networks, capsys, options, sentence):
     assert error.startswith(f"hf-efficient report: error: {sentence}")
 
 
-def test_damaged_weights_are_one_sentence(networks, capsys):
+@pytest.mark.parametrize("baseline", [False, True])
+def test_damaged_weights_are_one_sentence(networks, capsys, baseline):
     weights = networks / "small" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
-    assert cli.main(["report", str(networks / "small")]) == 2
+    models = [str(networks / "large"), "--baseline"] if baseline else []
+    assert cli.main(["report", *models, str(networks / "small")]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
+    argument = "--baseline" if baseline else "MODEL"
     assert error.startswith(
-        f"hf-efficient report: error: MODEL {networks / 'small'} holds weights that cannot be read"
+        f"hf-efficient report: error: {argument} {networks / 'small'} holds weights that cannot be read"
     )
 
 

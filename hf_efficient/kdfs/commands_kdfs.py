@@ -206,7 +206,10 @@ def _load_data(arguments: argparse.Namespace, processor: Any, config: Any) -> tu
     except Exception as error:  # datasets and pyarrow have many
         where = "could not be read" if path.exists() else "is no file or folder here and no Hub id that could be read"
         reason = str(error).strip().split("\n")[0].split(". ")[0].rstrip(".")
-        raise ValueError(f"--dataset {arguments.dataset} {where} ({reason}).") from error
+        raise ValueError(
+            f"--dataset {arguments.dataset} {where} ({reason}); name a folder with a folder of images per class, or "
+            "parquet files."
+        ) from error
     finally:
         if quiet:
             enable_progress_bars()

@@ -56,7 +56,9 @@ class Report:
             torch.set_num_threads(arguments.threads or threads)
             picture, shown = _open_picture(arguments.image)
             auto, model = _load(arguments.model, arguments)
-            other, baseline = _load(arguments.baseline, arguments) if arguments.baseline else (auto, None)
+            other, baseline = (
+                _load(arguments.baseline, arguments, "--baseline") if arguments.baseline else (auto, None)
+            )
             if other is not auto:
                 raise ValueError(
                     f"--baseline {arguments.baseline} is of another kind ({type(baseline).__name__}) than the model "
@@ -126,7 +128,7 @@ def _trust(arguments: argparse.Namespace) -> dict[str, bool]:
     return {"trust_remote_code": True} if arguments.trust_remote_code else {}
 
 
-def _load(name: str, arguments: argparse.Namespace) -> tuple[Any, Any]:
+def _load(name: str, arguments: argparse.Namespace, argument: str = "MODEL") -> tuple[Any, Any]:
     """The Auto class that fits a checkpoint, and the model on its device."""
     import torch
     from safetensors import SafetensorError
@@ -137,18 +139,20 @@ def _load(name: str, arguments: argparse.Namespace) -> tuple[Any, Any]:
     except (OSError, ValueError, KeyError) as error:
         where = "holds no configuration" if Path(name).is_dir() else "is no folder here and no Hub id"
         reason = str(error).strip().split("\n")[0].split(". ")[0].rstrip(".")
-        raise ValueError(f"MODEL {name} {where} that could be loaded ({reason}).") from error
-    auto = _choose_auto(config)
+        raise ValueError(f"{argument} {name} {where} that could be loaded ({reason}).") from error
+    auto = _choose_auto(config, argument)
     dtype = getattr(torch, arguments.dtype)
     try:
         model = auto.from_pretrained(name, config=config, dtype=dtype, **_trust(arguments))
     except (SafetensorError, RuntimeError, EOFError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".:")
-        raise ValueError(f"MODEL {name} holds weights that cannot be read ({reason}): take another copy.") from error
+        raise ValueError(
+            f"{argument} {name} holds weights that cannot be read ({reason}): take another copy."
+        ) from error
     return auto, model.to(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
 
 
-def _choose_auto(config: Any) -> Any:
+def _choose_auto(config: Any, argument: str = "MODEL") -> Any:
     import transformers as t
 
     kinds = [
@@ -162,8 +166,8 @@ def _choose_auto(config: Any) -> Any:
         if known and (model_types is None or config.model_type in model_types):
             return auto
     raise ValueError(
-        f"MODEL must be a LLaVA-1.5, an image classifier or an image-to-image model, got {config.model_type!r}: call "
-        "hf_efficient.efficiency_report(model, inputs) in Python for any other."
+        f"{argument} must be a LLaVA-1.5, an image classifier or an image-to-image model, got {config.model_type!r}: "
+        "call hf_efficient.efficiency_report(model, inputs) in Python for any other."
     )
 
 

@@ -96,6 +96,14 @@ def test_wrong_input_is_one_sentence(material, tmp_path, capsys, more, message):
     assert not (tmp_path / "out").exists()
 
 
+def test_an_empty_folder_of_images(material, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    assert run(material, tmp_path, "--dataset", str(tmp_path / "empty")) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert f"error: --dataset {tmp_path / 'empty'} could not be read (" in error
+    assert error.endswith("; name a folder with a folder of images per class, or parquet files.")
+
+
 def test_files_of_the_wrong_kind(material, tmp_path, capsys):
     file, other = tmp_path / "notes.txt", tmp_path / "llava"
     file.write_text("words")
