@@ -227,6 +227,31 @@ def test_folded_scatters_give_the_same_answers(slice_randomly, layer_type, round
     assert sum(hasattr(module, "filter_index") for module in pruned.modules()) == left + count  # left as it is
 
 
+@pytest.mark.parametrize("layer_type", ["bottleneck", "basic"])
+def test_channels_last_stays_channels_last(slice_randomly, layer_type):
+    """Same logits and gradients; no layer after a scatter falls back to the other memory format."""
+    shape = (3, 32, 32)
+    config = ResNetConfig(embedding_size=16, hidden_sizes=[32, 64], depths=[2, 2], layer_type=layer_type)
+    _, pruned = slice_randomly(ResNetForImageClassification(config), shape, target_flops_reduction=0.5)
+    images, labels = torch.randn(3, *shape), torch.tensor([0, 1, 0])
+    other = copy.deepcopy(pruned).to(memory_format=torch.channels_last)
+    formats = []
+    for module in other.modules():
+        if isinstance(module, torch.nn.Conv2d) or hasattr(module, "filter_index"):
+            module.register_forward_hook(
+                lambda module, args, output: formats.append(output.is_contiguous(memory_format=torch.channels_last))
+            )
+    expected = pruned.eval()(images, labels=labels)
+    found = other.eval()(images.to(memory_format=torch.channels_last), labels=labels)
+    torch.testing.assert_close(found.logits, expected.logits, rtol=1e-5, atol=1e-5)
+    assert len(formats) > 10
+    assert all(formats)
+    expected.loss.backward()
+    found.loss.backward()
+    for (name, want), (_, got) in zip(pruned.named_parameters(), other.named_parameters(), strict=True):
+        torch.testing.assert_close(got.grad, want.grad, rtol=1e-3, atol=1e-5, msg=name)
+
+
 PUSH = """
 import sys
 from transformers import AutoImageProcessor

@@ -239,15 +239,18 @@ def test_latency_is_measured_within_its_time(monkeypatch):
     assert now[0] <= 80.0
 
 
-def test_scatter_is_the_loop_over_images():
-    features = torch.randn(4, 3, 5, 5)
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_scatter_is_the_loop_over_images(memory_format):
+    features = torch.randn(4, 3, 5, 5).to(memory_format=memory_format)
     index = torch.tensor([3, 0, 3, 3, 2, 1])
     expected = torch.zeros(4, 6, 5, 5)
     for image in range(4):
         for channel, source in enumerate(index.tolist()):
             if source < 3:
                 expected[image, channel] = features[image, source]
-    assert torch.equal(scatter_channels(features, index), expected)
+    scattered = scatter_channels(features, index)
+    assert torch.equal(scattered, expected)
+    assert scattered.is_contiguous(memory_format=memory_format)
 
 
 def test_a_teacher_of_another_size(arguments, toy_data, tmp_path):

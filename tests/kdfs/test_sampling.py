@@ -107,6 +107,29 @@ def test_rounding_and_minimum():
     assert allowed_counts(20, 1, 8) == [8, 16, 20]
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_wide_layers_keep_even_multiples(seed):
+    """A vector of 16 floats holds 40 filters no better than 48; narrow layers stay as fine as they are."""
+    sizes = [32, *[64] * 4, *[128] * 6, *[256] * 4]
+    generator = torch.Generator().manual_seed(seed)
+    logits = [torch.randn(size, 2, generator=generator) for size in sizes]
+    cost = chain(sizes)
+    masks = fit_masks(logits, cost, keep_share=0.5, round_to=8)
+    counts = [int(mask.sum()) for mask in masks]
+    assert all(count % 8 == 0 for count in counts)
+    assert sum(count % 16 == 0 for count in counts[1:]) >= 12, counts
+    share = float(cost.count_macs(torch.cat(masks)) / cost.count_macs(torch.ones(sum(sizes))))
+    assert abs(share - 0.5) < 0.01
+
+
+def test_odd_multiples_are_there_where_only_they_meet_the_target():
+    sizes = [64, 64]
+    logits = [torch.stack([torch.zeros(64), torch.ones(64)], dim=1) for _ in sizes]
+    limit = reachable_reduction(chain(sizes), sizes, 1, 8)
+    masks = fit_masks(logits, chain(sizes), keep_share=1 - limit, round_to=8)
+    assert [int(mask.sum()) for mask in masks] == [8, 8]
+
+
 def test_everything_can_go_but_one_filter():
     sizes = [4, 4]
     limit = reachable_reduction(chain(sizes), sizes, 1, 1)
