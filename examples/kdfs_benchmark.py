@@ -6,7 +6,7 @@
 
 `sampling_step_ratio`: one KDFS step (masks, decoders, three losses) over one plain distillation step (teacher forward,
 student forward and backward), the steps taking turns, CPU time; expected at most 1.25. `latency_speedup`: dense over
-sliced, in torch and onnxruntime, at batch 1 and 64, for widths rounded to 1 and to 8. `latency_saving_share` is
+sliced, in torch (both memory formats) and onnxruntime, at batch 1 and 64, for widths rounded to 1 and to 8. `latency_saving_share` is
 `(1 - t_sliced / t_dense) / flops_reduction`; expected at least 0.8 at `round_to=8`; CPU time with one thread, wall
 time with more. `scatter_share` is the part of the sliced network's time that goes into putting residual branches back
 to full width. Weights are random. The medium preset has ResNet-50 shapes at 224 pixels and takes about 10 minutes on
@@ -168,13 +168,18 @@ def measure_latency(preset: dict, device: str = "cpu") -> dict:
     macs = {name: count_flops(network, shape) for name, network in networks.items()}
     reduction = {name: 1 - macs[name] / macs["dense"] for name in networks if name != "dense"}
     networks = {name: network.to(device) for name, network in networks.items()}
-    found = {"torch": {}, **({"onnxruntime": {}} if sessions else {})}
+    channels_last = {
+        name: copy.deepcopy(item).to(memory_format=torch.channels_last) for name, item in networks.items()
+    }
+    found = {"torch": {}, "torch_channels_last": {}, **({"onnxruntime": {}} if sessions else {})}
     scatter, agreement = {}, 0.0
     for batch in preset["batches"]:
         images = torch.randn(batch, *shape).to(device)
         repeats = preset["repeats"][batch]
         with torch.no_grad():
             runs = {"torch": {name: partial(network, images) for name, network in networks.items()}}
+            turned = images.to(memory_format=torch.channels_last)
+            runs["torch_channels_last"] = {name: partial(item, turned) for name, item in channels_last.items()}
             if sessions:
                 rows = {"pixel_values": images.numpy()}
                 runs["onnxruntime"] = {name: partial(session.run, None, rows) for name, session in sessions.items()}
