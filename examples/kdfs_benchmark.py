@@ -5,14 +5,14 @@
     python examples/kdfs_benchmark.py --gpu
 
 `sampling_step_ratio`: one KDFS step (masks, decoders, three losses) over one plain distillation step (teacher forward,
-student forward and backward), the steps taking turns, CPU time; expected at most 1.25. `latency_speedup`: dense over
-sliced, in torch (both memory formats) and onnxruntime, at batch 1 and 64, for widths rounded to 1 and to 8. `latency_saving_share` is
-`(1 - t_sliced / t_dense) / flops_reduction`; expected at least 0.8 at `round_to=8`; CPU time with one thread, wall
-time with more. `scatter_share` is the part of the sliced network's time that goes into putting residual branches back
-to full width. Weights are random. The medium preset has ResNet-50 shapes at 224 pixels and takes about 10 minutes on
-one core, the small one (ResNet-18 shapes at 64 pixels, batch 1 and 8) half a minute. `--gpu` measures torch on a GPU,
-in wall time, without onnxruntime. On Linux the script starts itself again with glibc told to keep freed memory: else
-fetching pages for every layer anew is half of the time at batch 64, of the dense network as of the sliced one.
+student forward and backward), in turns, CPU time; expected at most 1.25. `latency_speedup`: dense over sliced, in
+torch (both memory formats) and onnxruntime, at batch 1 and 64, for widths rounded to 1 and to 8. Of
+`latency_saving_share`, `(1 - t_sliced / t_dense) / flops_reduction`, at least 0.8 is expected at `round_to=8`; CPU
+time with one thread, wall time with more. `scatter_share` is the part of the sliced network's time that goes into
+putting residual branches back to full width. Weights are random. The medium preset has ResNet-50 shapes at 224 pixels
+(3 to 10 minutes on one core), the small one ResNet-18 shapes at 64 pixels, batch 1 and 8. `--gpu` measures torch on a
+GPU, in wall time. On Linux the script starts itself again with glibc told to keep freed memory: else fetching pages
+for every layer anew is half of the time at batch 64, dense or sliced.
 """
 
 import argparse
@@ -128,13 +128,12 @@ def slice_randomly(model: torch.nn.Module, shape: tuple, round_to: int) -> torch
 def scatter_seconds(model: torch.nn.Module, images: torch.Tensor, repeats: int, clock) -> float:
     """Seconds of all scatters of one forward pass, run on their own."""
     calls = []
-    handles = [
-        module.register_forward_hook(
-            lambda module, args, output: calls.append((output.shape, module.filter_index)), prepend=True
-        )
-        for module in model.modules()
-        if hasattr(module, "filter_index")
-    ]
+
+    def keep(module, args, output):
+        calls.append((output.shape, module.filter_index))
+
+    scattered = [module for module in model.modules() if hasattr(module, "filter_index")]
+    handles = [module.register_forward_hook(keep, prepend=True) for module in scattered]
     with torch.no_grad():
         model(images)
         for handle in handles:
@@ -168,18 +167,16 @@ def measure_latency(preset: dict, device: str = "cpu") -> dict:
     macs = {name: count_flops(network, shape) for name, network in networks.items()}
     reduction = {name: 1 - macs[name] / macs["dense"] for name in networks if name != "dense"}
     networks = {name: network.to(device) for name, network in networks.items()}
-    channels_last = {
-        name: copy.deepcopy(item).to(memory_format=torch.channels_last) for name, item in networks.items()
-    }
-    found = {"torch": {}, "torch_channels_last": {}, **({"onnxruntime": {}} if sessions else {})}
+    turned = {name: copy.deepcopy(item).to(memory_format=torch.channels_last) for name, item in networks.items()}
+    found = {name: {} for name in ("torch", "torch_channels_last", "onnxruntime")[: 3 if sessions else 2]}
     scatter, agreement = {}, 0.0
     for batch in preset["batches"]:
         images = torch.randn(batch, *shape).to(device)
         repeats = preset["repeats"][batch]
         with torch.no_grad():
             runs = {"torch": {name: partial(network, images) for name, network in networks.items()}}
-            turned = images.to(memory_format=torch.channels_last)
-            runs["torch_channels_last"] = {name: partial(item, turned) for name, item in channels_last.items()}
+            pixels = images.to(memory_format=torch.channels_last)
+            runs["torch_channels_last"] = {name: partial(item, pixels) for name, item in turned.items()}
             if sessions:
                 rows = {"pixel_values": images.numpy()}
                 runs["onnxruntime"] = {name: partial(session.run, None, rows) for name, session in sessions.items()}
