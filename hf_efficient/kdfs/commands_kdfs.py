@@ -3,6 +3,7 @@
 import argparse
 import importlib.util
 import io
+import json
 import os
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -21,6 +22,7 @@ class Prune:
     Examples:
       hf-efficient prune --model user/resnet-18 --dataset ./photos --target-flops-reduction 0.55 --output ./pruned
       hf-efficient prune --model ./resnet --dataset ./cifar10 --output ./pruned --epochs 20 --round-to 8 --onnx
+      hf-efficient prune --model ./resnet --dataset ./cifar10 --output ./pruned --config ./settings/kdfs_config.json
       optimum-cli prune kdfs --model user/resnet-18 --dataset cifar10 --output ./pruned
     """
 
@@ -47,6 +49,9 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         metavar="SHARE",
         help="multiply-adds to remove, in (0, 1) (default: 0.55)",
+    )
+    add(
+        "--config", metavar="FILE", help="kdfs_config.json, its folder or a Hub id; options named beside it come first"
     )
     add("--epochs", type=float, default=20.0, help="passes over the data in all (default: 20)")
     add("--max-steps", type=int, metavar="STEPS", help="optimiser steps in all; overrides --epochs")
@@ -98,12 +103,11 @@ def run_prune(arguments: argparse.Namespace) -> dict[str, Any]:
     import torch
     from transformers import TrainingArguments
 
-    from .configuration_kdfs import KDFSConfig
     from .figures_kdfs import format_widths, plot_widths
     from .pruner_kdfs import KDFSPruner, check_folder, check_no_source, write_report
 
     given = {name: getattr(arguments, name) for name in SETTINGS if getattr(arguments, name) is not None}
-    config = KDFSConfig(**given)
+    config = _read_config(arguments.config, given)
     if arguments.epochs <= 0:
         raise ValueError(f"--epochs must be above 0, but is {arguments.epochs:g}.")
     if arguments.max_steps is not None and arguments.max_steps < 1:
@@ -174,6 +178,25 @@ def run_prune(arguments: argparse.Namespace) -> dict[str, Any]:
     report["folder"] = str(folder)
     lines.append(f"Wrote {folder}.")
     return {**report, "text": "\n".join(lines)}
+
+
+def _read_config(source: str | None, given: dict[str, Any]) -> Any:
+    """Settings of the options, over those of a file."""
+    from .configuration_kdfs import RULES, KDFSConfig
+
+    if source is None:
+        return KDFSConfig(**given)
+    path = Path(source)
+    try:
+        if path.is_file():
+            config = KDFSConfig.from_dict(json.loads(path.read_text(encoding="utf-8")))
+        else:
+            config = KDFSConfig.from_pretrained(source)
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        where = "holds no settings of KDFS" if path.exists() else "is no file or folder here and no Hub id"
+        reason = str(error).strip().split("\n")[0].split(". ")[0].rstrip(".")
+        raise ValueError(f"--config {source} {where} that could be read ({reason}).") from error
+    return KDFSConfig(**{**{name: getattr(config, name) for name in RULES}, **given})
 
 
 def _check_classifier(option: str, name: str | None, remote: dict[str, Any]) -> None:

@@ -153,7 +153,7 @@ class KDFSConfig(BaseConfig):
     exclude_layers: list[str] | None = None
 
     def __post_init__(self, **kwargs: object):
-        known = {"optimum_version", "transformers_version"}
+        known = {"_name_or_path", "optimum_version", "transformers_version"}
         unknown = [name for name in kwargs if name not in known and not _can_be_set(type(self), name)]
         if unknown:
             raise ValueError(f"`{unknown[0]}` is not a setting of KDFSConfig; the settings are {', '.join(RULES)}.")

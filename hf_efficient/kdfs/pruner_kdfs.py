@@ -31,6 +31,7 @@ from .trainer_kdfs import DistillationTrainer, KDFSTrainer, check_teacher, first
 logger = logging.get_logger(__name__)
 
 REPORT_NAME = "kdfs_report.json"
+OF_ONE_REPOSITORY = ("revision", "code_revision", "subfolder", "variant")
 DERIVED = ("model.onnx", "model.onnx.data", "widths.png")  # made of a pruned network; they end with it
 
 
@@ -212,7 +213,9 @@ class KDFSPruner:
         Args:
             model (`str`, `os.PathLike` or `PreTrainedModel`): Hub id, folder or instance of an image classifier.
             teacher (`str`, `os.PathLike` or `nn.Module`, *optional*): Default: the model itself.
-            kwargs (`Any`): As of `AutoModelForImageClassification.from_pretrained`.
+            kwargs (`Any`): As of `AutoModelForImageClassification.from_pretrained`; what names a place in the model's
+                repository (`revision`, `subfolder`, `variant`, `code_revision`) is not for the teacher, which is
+                handed in as an instance where it needs such.
 
         Returns:
             [`KDFSPruner`]: Ready to prune.
@@ -229,7 +232,8 @@ class KDFSPruner:
             except (OSError, ValueError, ImportError) as error:
                 logger.info("No image processor beside the model (%s).", error)
         loaded = load_classifier(model, **kwargs)
-        return cls(loaded, None if teacher is None else load_classifier(teacher, "teacher", **kwargs), processor)
+        others = {name: value for name, value in kwargs.items() if name not in OF_ONE_REPOSITORY}
+        return cls(loaded, None if teacher is None else load_classifier(teacher, "teacher", **others), processor)
 
     def prune(
         self,

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 from transformers import AutoModelForImageClassification, ViTImageProcessor
 
-from hf_efficient import CifarResNetConfig, CifarResNetForImageClassification
+from hf_efficient import CifarResNetConfig, CifarResNetForImageClassification, KDFSConfig
 from hf_efficient.cli import main
 from hf_efficient.kdfs.commands_kdfs import ImageCollator
 
@@ -83,6 +83,8 @@ def test_prune(material, tmp_path, capsys):
         (["--include-layers", "conv("], "must be regular expressions, but 'conv(' is none (missing ), unterminated"),
         (["--seed", "-1"], "--seed must be at least 0, but is -1"),
         (["--learning-rate", "0"], "--learning-rate must be above 0, but is 0"),
+        (["--config", "nowhere"], "--config nowhere is no file or folder here and no Hub id that could be read ("),
+        (["--config", __file__], "test_commands.py holds no settings of KDFS that could be read ("),
         (["--model", "nowhere"], "--model nowhere is no folder here and no Hub id that could be loaded"),
         (["--teacher", "nowhere"], "--teacher nowhere is no folder here and no Hub id that could be loaded"),
         (["--dataset", "nowhere"], "--dataset nowhere is no file or folder here and no Hub id that could be read"),
@@ -94,6 +96,31 @@ def test_wrong_input_is_one_sentence(material, tmp_path, capsys, more, message):
     assert error.startswith("hf-efficient prune: error: ")
     assert message in error
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("file", ["", "kdfs_config.json"])
+def test_settings_come_from_a_file(material, tmp_path, file):
+    settings = KDFSConfig(target_flops_reduction=0.3, kd_weight=4.0, round_to=4, importance_images=16)
+    settings.save_pretrained(tmp_path / "settings")
+    source = str(tmp_path / "settings" / file)
+    assert run(material, tmp_path, "--config", source, "--target-flops-reduction", "0.4") == 0
+    used = KDFSConfig.from_pretrained(tmp_path / "out")
+    assert (used.target_flops_reduction, used.kd_weight, used.round_to, used.importance_images) == (0.4, 4.0, 4, 16)
+
+
+def test_a_wrong_setting_of_a_file_is_named_and_an_option_is_not_blamed_on_it(material, tmp_path, capsys):
+    settings = tmp_path / "kdfs_config.json"
+    for text, message in (
+        ('{"kd_wait": 4.0}', f"--config {settings} holds no settings of KDFS that could be read (`kd_wait` is not"),
+        ('{"kd_weight": -1}', "(`kd_weight` must be a number of at least 0, but is -1"),
+        ("[1]", f"--config {settings} holds no settings of KDFS"),
+    ):
+        settings.write_text(text)
+        assert run(material, tmp_path, "--config", str(settings)) == 2
+        assert message in capsys.readouterr().err
+    settings.write_text('{"kd_weight": 1.0}')
+    assert run(material, tmp_path, "--config", str(settings), "--round-to", "0") == 2
+    assert "error: --round-to must be an integer of at least 1, but is 0" in capsys.readouterr().err
 
 
 def test_an_empty_folder_of_images(material, tmp_path, capsys):

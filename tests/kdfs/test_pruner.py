@@ -178,6 +178,17 @@ def test_the_teacher_is_left_without_hooks(arguments, toy_data, tmp_path):
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in teacher.modules())
 
 
+def test_a_place_in_the_model_s_repository_is_not_the_teacher_s(tmp_path):
+    model, teacher = cifar(), cifar()
+    with torch.no_grad():
+        next(teacher.parameters()).zero_()
+    model.save_pretrained(tmp_path / "model" / "inner")
+    teacher.save_pretrained(tmp_path / "teacher")
+    pruner = KDFSPruner.from_pretrained(tmp_path / "model", teacher=tmp_path / "teacher", subfolder="inner")
+    for name, weight in pruner.teacher.state_dict().items():
+        assert torch.equal(weight, teacher.state_dict()[name])
+
+
 def test_half_precision_weights_are_trained_in_single(arguments, toy_data, tmp_path):
     cifar().half().save_pretrained(tmp_path / "half")
     pruner = KDFSPruner.from_pretrained(tmp_path / "half")
