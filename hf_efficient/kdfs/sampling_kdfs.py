@@ -193,10 +193,14 @@ class _Ladder:
         prefer_even: bool = False,
     ) -> None:
         self.sorted = [np.sort(margin)[::-1] for margin in margins]  # most certain first
-        self.rungs = [
-            allowed_counts(len(item), min_filters, round_to * (2 if prefer_even and len(item) >= 8 * round_to else 1))
-            for item in margins
-        ]
+        self.rungs = [allowed_counts(len(item), min_filters, round_to) for item in margins]
+        if prefer_even:
+            self.rungs = [
+                rungs
+                if rungs[-1] < 8 * round_to
+                else [c for i, c in enumerate(rungs) if i == 0 or c % (2 * round_to) == 0 or c == rungs[-1]]
+                for rungs in self.rungs
+            ]
         small = cost.per_group([len(margin) for margin in margins])
         self.inputs, self.outputs, self.weights = (
             table.cpu().numpy() for table in (small.inputs, small.outputs, small.macs)
@@ -303,7 +307,7 @@ def fit_masks(
 
     With `round_to` above 1 a layer of at least `8 * round_to` filters first takes steps twice as large, so most of its
     counts are even multiples: for 8 that is 16, the floats of a 512-bit vector, which 40 filters would fill no better
-    than 48.
+    than 48. Its lowest count is a step likewise, even or odd: the masks of a layer may be sure of it.
 
     Args:
         logits (`list[torch.FloatTensor]`): Drop and keep logits of shape `(filters, 2)` per group.

@@ -122,6 +122,18 @@ def test_wide_layers_keep_even_multiples(seed):
     assert abs(share - 0.5) < 0.01
 
 
+def test_sure_masks_that_meet_the_target_are_taken_as_they_are():
+    """The lowest count of a wide layer, here 8, stands beside the even ones; else other layers paid for 16."""
+    sizes, learned = [64, 64, 128, 128], [8, 64, 8, 128]
+    margins = [torch.where(torch.arange(size) < count, 4.0, -4.0) for size, count in zip(sizes, learned)]
+    logits = [torch.stack([torch.zeros_like(margin), margin], dim=1) for margin in margins]
+    cost = chain(sizes)
+    keep_share = float(cost.count_macs(torch.cat([margin > 0 for margin in margins]).float()))
+    keep_share /= float(cost.count_macs(torch.ones(sum(sizes))))
+    masks = fit_masks(logits, cost, keep_share, round_to=8)
+    assert [int(mask.sum()) for mask in masks] == learned
+
+
 def test_odd_multiples_are_there_where_only_they_meet_the_target():
     sizes = [64, 64]
     logits = [torch.stack([torch.zeros(64), torch.ones(64)], dim=1) for _ in sizes]
