@@ -79,6 +79,11 @@ class SparsityRecord:
         return f"SparsityRecord(kept image tokens={images}, kept text tokens={text}, layer_tokens={self.layer_tokens})"
 
 
+def _writable(buffer: torch.Tensor) -> torch.Tensor:
+    """The buffer, or a copy where it was made under `torch.inference_mode()`, which has ended."""
+    return buffer.clone() if buffer.is_inference() and not torch.is_inference_mode_enabled() else buffer
+
+
 def _grow(buffer: torch.Tensor, axis: int, slots: int) -> torch.Tensor:
     """Copy a buffer into one of at least `slots` slots along `axis`, new slots zero."""
     capacity = -(-slots // GROWTH) * GROWTH
@@ -131,6 +136,7 @@ class BufferedLayer(CacheLayerMixin):
         """Make room for `slots` tokens in all."""
         if self._buffers is None:
             self.lazy_initialization(key_states, value_states)
+        self._buffers = (_writable(self._buffers[0]), _writable(self._buffers[1]))
         if self._buffers[0].shape[2] < slots:
             self._buffers = (_grow(self._buffers[0], 2, slots), _grow(self._buffers[1], 2, slots))
 
@@ -219,6 +225,7 @@ class SlotTable:
             self.needed = self.longest + new
         else:
             self.needed = int((self.counts + stored.sum(dim=1)).max())
+        self.positions = _writable(self.positions)
         if self.positions.shape[1] < self.needed:
             self.positions = _grow(self.positions, 1, self.needed)
         self.write(self.positions, positions)
@@ -327,6 +334,7 @@ class SparseCache(DynamicCache):
         layers = config.get_text_config(decoder=True).num_hidden_layers
         self.sparse_layer = config.sparse_layer
         self.prompt_length: int | None = None  # set while `generate` runs: later columns are generated text
+        self.end_tokens: torch.Tensor | None = None  # likewise: ids with which a row ends
         self.table = SlotTable()
         kinds = [BufferedLayer() if i < self.sparse_layer else SparseLayer(self.table) for i in range(layers)]
         super(DynamicCache, self).__init__(layers=kinds)
@@ -335,10 +343,50 @@ class SparseCache(DynamicCache):
     def _forget(self) -> None:
         self._kept: torch.Tensor | None = None  # (batch, columns), decision for every token fed
         self._generated: torch.Tensor | None = None  # (columns,)
+        self._ended: torch.Tensor | None = None  # (batch, columns), True = the row's end or after it
         self._columns = 0
         self.generated_tokens = 0
         self.image_index: list[list[torch.Tensor]] = []
         self.image_sizes: list[list[int]] = []
+        self.image_ends: list[list[int]] = []  # last column of each image
+
+    def find_ended(self, ids: torch.Tensor) -> torch.Tensor | None:
+        """Which of the new generated tokens end their row, and which come after its end.
+
+        `generate` feeds such tokens in a batch whose other rows go on; alone, the row would have stopped. The end
+        itself is cached, since a next turn would feed it; what follows is padding.
+
+        Args:
+            ids (`torch.LongTensor` of shape `(batch, new)`): Generated tokens of this step.
+
+        Returns:
+            `torch.LongTensor` of shape `(batch, new)`: 0 = goes on, 1 = the end, 2 = after it; None where no end is
+            known.
+        """
+        if self.end_tokens is None or self.prompt_length is None:
+            return None
+        ends = torch.isin(ids, self.end_tokens.to(ids.device)).long()
+        before = ends.cumsum(dim=1) - ends
+        if self._ended is not None:
+            earlier = self._ended[:, self.prompt_length : self._columns].any(dim=1, keepdim=True)
+            before = before + earlier.to(before.device)
+        return torch.where(before > 0, 2, ends)
+
+    def visible_slots(self, attention_mask: torch.Tensor) -> torch.Tensor | None:
+        """Which slots of the sparse layers a mask over the cached tokens leaves visible.
+
+        Args:
+            attention_mask (`torch.Tensor` of shape `(batch, past)`): 0 = hidden from now on.
+
+        Returns:
+            `torch.BoolTensor` of shape `(batch, slots)`, True on empty slots too; None where nothing is hidden.
+        """
+        kept = self._kept[:, : self._columns]
+        attended = (attention_mask != 0).to(kept.device).expand_as(kept)
+        if not bool((kept & ~attended).any()):
+            return None
+        columns = (~kept).long().argsort(dim=1, stable=True)[:, : self.table.longest]
+        return attended.gather(1, columns) | ~self.table.filled()
 
     def stage(self, stored: torch.Tensor, positions: torch.Tensor, all_stored: bool) -> None:
         """Tell the sparse layers which tokens of the coming step to keep.
@@ -355,7 +403,8 @@ class SparseCache(DynamicCache):
         kept: torch.Tensor,
         generated: int,
         kept_now: list[int] | None = None,
-        images: tuple[list[list[torch.Tensor]], list[list[int]]] | None = None,
+        images: tuple[list[list[torch.Tensor]], list[list[int]], list[list[int]]] | None = None,
+        ended: torch.Tensor | None = None,
     ) -> None:
         """Close a step after its last layer.
 
@@ -363,40 +412,74 @@ class SparseCache(DynamicCache):
             kept (`torch.BoolTensor` of shape `(batch, columns)`): Decision for every token fed, dropped ones included.
             generated (`int`): How many of the last columns are generated text.
             kept_now (`list[int]`, *optional*): Number of stored tokens of each row, if known on the host.
-            images (`tuple`, *optional*): Kept index and size of the images of this step, row by row.
+            images (`tuple`, *optional*): Kept index, size and last column of the images of this step, row by row.
+            ended (`torch.BoolTensor` of shape `(batch, generated)`, *optional*): True = the end of a row, or after it.
         """
         self.table.commit(kept_now)
         batch, columns = kept.shape
         if self._kept is None:
             self._kept = kept.new_zeros(batch, 0)
+            self._ended = kept.new_zeros(batch, 0)
             self._generated = kept.new_zeros(0)
-            self.image_index = [[] for _ in range(batch)]
-            self.image_sizes = [[] for _ in range(batch)]
+            self.image_index, self.image_sizes, self.image_ends = ([[] for _ in range(batch)] for _ in range(3))
         start, end = self._columns, self._columns + columns
+        self._kept, self._ended, self._generated = map(_writable, (self._kept, self._ended, self._generated))
         if self._kept.shape[1] < end:
-            self._kept = _grow(self._kept, 1, end)
+            self._kept, self._ended = _grow(self._kept, 1, end), _grow(self._ended, 1, end)
             self._generated = _grow(self._generated, 0, end)
         self._kept[:, start:end] = kept
+        self._ended[:, start:end] = False
+        if ended is not None:
+            self._ended[:, end - generated : end] = ended.to(self._ended.device)
+        self._generated[start:end] = False
         self._generated[end - generated : end] = True
         self._columns = end
         self.generated_tokens += generated
         if images is not None:
             self.image_index = [old + new for old, new in zip(self.image_index, images[0])]
             self.image_sizes = [old + new for old, new in zip(self.image_sizes, images[1])]
+            ends = [[start + column for column in row] for row in images[2]]
+            self.image_ends = [old + new for old, new in zip(self.image_ends, ends)]
 
     @property
     def sparsity(self) -> SparsityRecord | None:
-        """[`SparsityRecord`] of everything fed so far; None while the cache is empty."""
+        """[`SparsityRecord`] of everything fed so far; None while the cache is empty.
+
+        What `generate` fed to rows that had ended is not kept, and counts as no decision.
+        """
         if self._kept is None:
             return None
         return SparsityRecord(
             image_index=self.image_index,
             image_sizes=self.image_sizes,
             kept=self._kept[:, : self._columns],
-            generated=self._generated[: self._columns],
+            generated=self._generated[: self._columns] & ~self._ended[:, : self._columns],
             positions=self.table.positions[:, : self.table.longest],
             filled=self.table.filled(),
             layer_tokens=[layer.get_seq_length() for layer in self.layers],
+        )
+
+    def sparsity_of_prompt(self, rows: list[int]) -> SparsityRecord | None:
+        """Record of the prompt alone, for beams, of whose text the cache holds other rows than those returned.
+
+        Args:
+            rows (`list[int]`): Rows of the cache, one for each row of the record.
+
+        Returns:
+            [`SparsityRecord`]: None while the cache is empty or outside of `generate`.
+        """
+        if self._kept is None or self.prompt_length is None:
+            return None
+        kept = self._kept[rows, : self.prompt_length]
+        counts, below = kept.sum(dim=1), kept.shape[1]
+        return SparsityRecord(
+            image_index=[self.image_index[row] for row in rows],
+            image_sizes=[self.image_sizes[row] for row in rows],
+            kept=kept,
+            generated=(self._generated & ~self._ended)[rows, : self.prompt_length],
+            positions=self.table.positions[rows, : int(counts.max())],
+            filled=torch.arange(int(counts.max()), device=kept.device) < counts[:, None],
+            layer_tokens=[below if i < self.sparse_layer else int(counts.max()) for i in range(len(self.layers))],
         )
 
     def allocated_bytes(self) -> int:
@@ -411,10 +494,11 @@ class SparseCache(DynamicCache):
     def _map_rows(self, select) -> None:  # noqa: ANN001 - a function of a tensor
         self.table.map_rows(select)
         if self._kept is not None:
-            self._kept = select(self._kept)
+            self._kept, self._ended = select(self._kept), select(self._ended)
             order = select(torch.arange(len(self.image_index), device=self._kept.device)).tolist()
             self.image_index = [self.image_index[row] for row in order]
             self.image_sizes = [self.image_sizes[row] for row in order]
+            self.image_ends = [self.image_ends[row] for row in order]
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Reorder the rows for beam search."""
@@ -449,8 +533,13 @@ class SparseCache(DynamicCache):
         start = max(self._columns + tokens_to_remove, 0)
         self.table.remove(self._kept[:, start : self._columns].sum(dim=1))
         self.generated_tokens -= int(self._generated[start : self._columns].sum())
-        self._kept, self._generated = self._kept[:, :start].clone(), self._generated[:start].clone()
+        self._kept, self._ended = self._kept[:, :start].clone(), self._ended[:, :start].clone()
+        self._generated = self._generated[:start].clone()
         self._columns = start
+        whole = [[end < start for end in row] for row in self.image_ends]  # an image that is cut is gone
+        self.image_index = [[x for x, stays in zip(*row) if stays] for row in zip(self.image_index, whole)]
+        self.image_sizes = [[x for x, stays in zip(*row) if stays] for row in zip(self.image_sizes, whole)]
+        self.image_ends = [[end for end in row if end < start] for row in self.image_ends]
 
     def reset(self) -> None:
         """Forget everything and free the memory."""

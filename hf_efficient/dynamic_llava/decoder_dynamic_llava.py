@@ -184,6 +184,8 @@ class DropStep:
         cache ([`SparseCache`], *optional*): Earlier tokens.
         generated (`int`): How many of the new columns, from the last one back, are generated text.
         decisions (`torch.BoolTensor` of shape `(batch or 1, generated)`, *optional*): Replaces the text decisions.
+        seen (`torch.BoolTensor` of shape `(batch, slots)`, *optional*): Cached slots that the mask leaves visible.
+        ended (`torch.LongTensor` of shape `(batch, generated)`, *optional*): 1 = ends its row, 2 = comes after that.
     """
 
     model: nn.Module
@@ -193,6 +195,8 @@ class DropStep:
     cache: SparseCache | None
     generated: int
     decisions: torch.Tensor | None
+    seen: torch.Tensor | None = None
+    ended: torch.Tensor | None = None
 
     def enter(self, hidden_states: torch.Tensor, position_ids: torch.Tensor) -> Entered:
         """Decide, drop, and prepare positions and mask of the sparse layers."""
@@ -205,6 +209,10 @@ class DropStep:
         if self.attended is not None:
             self.stored = self.stored & self.attended
         self._judge_text(hidden_states)
+        if self.ended is not None:
+            self.ended = self.ended.to(self.stored.device)
+            self.stored[:, -self.generated :] |= self.ended == 1
+            self.stored[:, -self.generated :] &= self.ended < 2
         if new == 1 and self.cache is not None and self.cache.table.longest and not self.images.rows:
             return self._enter_one(hidden_states, position_ids)
         self._select_images(hidden_states)
@@ -237,8 +245,11 @@ class DropStep:
         """One generated token on a live cache: nothing is gathered, the token sees the cache and itself."""
         self.kept_now = [int(kept) for kept in self.stored[:, 0].tolist()]
         mask = None
-        if not self.cache.table.uniform:
-            mask = self._causal_mask(hidden_states, self.cache.table.filled(extra=1))
+        if self.seen is not None or not self.cache.table.uniform:
+            filled = self.cache.table.filled(extra=1)
+            if self.seen is not None:
+                filled[:, :-1] &= self.seen
+            mask = self._causal_mask(hidden_states, filled)
         self.cache.stage(self.stored, self.positions, all_stored=all(self.kept_now))
         return Entered(hidden_states, position_ids, mask)
 
@@ -267,9 +278,11 @@ class DropStep:
     ) -> torch.Tensor | None:
         past = self.cache.table.longest if self.cache is not None else 0
         filled = None
-        if valid is not None or (past and not self.cache.table.uniform):
+        if valid is not None or self.seen is not None or (past and not self.cache.table.uniform):
             valid = torch.ones_like(stored) if valid is None else valid
-            filled = torch.cat([self.cache.table.filled(), valid], dim=1) if past else valid
+            cached = self.cache.table.filled() if past else valid[:, :0]
+            cached = cached if self.seen is None else cached & self.seen
+            filled = torch.cat([cached, valid], dim=1)
         visible = None
         if not all_stored and self.generated and self.cache is not None:
             if "flash" in self.model.language_model.config._attn_implementation:
@@ -303,7 +316,11 @@ class DropStep:
             sizes = [len(columns) for columns in self.images.columns]
             images = (self.images.by_row(self.image_index, batch), self.images.by_row(sizes, batch))
         if self.cache is not None:
-            self.cache.commit(self.stored, self.generated, self.kept_now, images)
+            if images is not None:
+                ends = [int(columns[-1]) for columns in self.images.columns]
+                images = (*images, self.images.by_row(ends, batch))
+            ended = None if self.ended is None else self.ended > 0
+            self.cache.commit(self.stored, self.generated, self.kept_now, images, ended)
             return self.cache.sparsity
         generated = torch.zeros(new, dtype=torch.bool, device=self.stored.device)
         generated[new - self.generated :] = True

@@ -244,7 +244,12 @@ class DynamicLlavaModel(LlavaModel):
                 generated = int(past > 0 and new == 1)
             start = cache.generated_tokens if cache is not None else 0
             chosen = self._chosen(text_decisions, start, generated, batch)
-            step = DropStep(self, settings, images, attended, cache, generated, chosen)
+            seen = ended = None
+            if past and attention_mask is not None and attention_mask.shape[1] == past + new:
+                seen = cache.visible_slots(attention_mask[:, :past])
+            if generated and cache is not None and input_ids is not None:
+                ended = cache.find_ended(input_ids[:, -generated:])
+            step = DropStep(self, settings, images, attended, cache, generated, chosen, seen, ended)
         outputs = run_decoder(
             self.language_model,
             inputs_embeds=embeds,
@@ -278,6 +283,11 @@ class DynamicLlavaModel(LlavaModel):
                 f"`past_key_values` must be a SparseCache where sparsity is on, got {type(cache).__name__}: pass the "
                 "cache that the model returned or `SparseCache(model.config)`, or switch sparsity off with "
                 "`vision_keep_rate=1` and `use_output_text_predictor=False`."
+            )
+        if cache is not None and cache.sparse_layer != self.config.sparse_layer:
+            raise ValueError(
+                f"`past_key_values` must be of the model's `sparse_layer` {self.config.sparse_layer}, got a cache of "
+                f"{cache.sparse_layer}: start with a new cache after changing the configuration."
             )
         if masked and cache is not None:
             raise ValueError(

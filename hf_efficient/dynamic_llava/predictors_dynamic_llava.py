@@ -62,6 +62,11 @@ class PredictorBlock(nn.Module):
         return hidden_states + self.mlp(self.norm2(hidden_states))
 
 
+def _follow(hidden_states: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """States in the dtype of a weight and on its device, unless that is only known when its layer runs (offload)."""
+    return hidden_states.to(weight.dtype) if weight.is_meta else hidden_states.to(weight)
+
+
 class ImageScorePredictor(nn.Module):
     """Scores every token of an image against the others of the same image (Dynamic-LLaVA, Sec. 3.2).
 
@@ -94,7 +99,7 @@ class ImageScorePredictor(nn.Module):
         Returns:
             `torch.FloatTensor` of shape `(images, tokens, 2)`: raw logits, column 0 = keep, column 1 = drop.
         """
-        hidden_states = self.down_mlp(hidden_states.to(self.down_mlp[0].weight))
+        hidden_states = self.down_mlp(_follow(hidden_states, self.down_mlp[0].weight))
         if policy is not None:
             hidden_states = hidden_states * policy
         for block in self.transformer:
@@ -124,7 +129,7 @@ class TextScorePredictor(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Score tokens, `(..., input_size)` to raw logits `(..., 2)`, column 0 = keep, column 1 = drop."""
-        return self.output_mlp(hidden_states.to(self.output_mlp[0].weight))
+        return self.output_mlp(_follow(hidden_states, self.output_mlp[0].weight))
 
 
 __all__ = ["ImageScorePredictor", "TextScorePredictor"]

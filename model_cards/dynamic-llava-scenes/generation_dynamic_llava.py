@@ -1,9 +1,12 @@
 """`generate()` of a sparse LLaVA: the host's loop on a sparse cache."""
 
 import copy
+import functools
+from contextvars import ContextVar
 from typing import Any
 
 import torch
+from transformers import LlavaForConditionalGeneration
 from transformers.generation import GenerationMixin
 
 from .cache_dynamic_llava import SparseCache
@@ -11,6 +14,8 @@ from .configuration_dynamic_llava import PER_CALL
 from .decoder_dynamic_llava import CACHE
 
 
+# the caches of the innermost running `generate` of this thread; the model itself may serve several at once
+_RUNNING: ContextVar[list | None] = ContextVar("running", default=None)
 REMEDY = "leave it out, or switch sparsity off with `vision_keep_rate=1` and `use_output_text_predictor=False`"
 
 
@@ -24,6 +29,10 @@ class SparseGenerationMixin(GenerationMixin):
 
     def generate(self, inputs: torch.Tensor | None = None, generation_config: Any = None, **kwargs: Any) -> Any:
         """`generate` of the host on a [`SparseCache`]; afterwards `model.last_sparsity` tells what was kept.
+
+        With beams it tells so of the prompt alone, since the cache ends with other beams than the returned ones.
+        Threads that share the model find the record of their own request in `output.past_key_values.sparsity`
+        (`return_dict_in_generate=True`).
 
         Args:
             inputs (`torch.Tensor`, *optional*): As in the host.
@@ -46,13 +55,17 @@ class SparseGenerationMixin(GenerationMixin):
         decisions, rows = kwargs.get("text_decisions"), _count_rows(inputs, kwargs)
         if decisions is not None and rows is not None and len(decisions) == 1:  # the host repeats rows for beams
             kwargs["text_decisions"] = decisions.expand(rows, *decisions.shape[1:])
+        running: list[tuple[SparseCache, int, int]] = []
+        outer = _RUNNING.set(running)
         try:
             return super().generate(inputs, generation_config, **kwargs)
         finally:
-            used = self.__dict__.pop("_generation_cache", None)
-            if used is not None:
-                self.model.last_sparsity = used.sparsity
-                used.prompt_length = None  # a later forward pass on this cache has a prompt of its own
+            _RUNNING.reset(outer)
+            for used, beams, returned in running:
+                prompts = range(0, len(used.image_index), beams)
+                rows = [row for row in prompts for _ in range(returned)]
+                self.model.last_sparsity = used.sparsity if beams == 1 else used.sparsity_of_prompt(rows)
+                used.prompt_length = used.end_tokens = None  # a later forward pass has a prompt of its own
 
     def _refuse_generation(self, generation_config: Any, kwargs: dict[str, Any]) -> None:
         def setting(name: str) -> Any:
@@ -96,6 +109,16 @@ class SparseGenerationMixin(GenerationMixin):
                 "`use_output_text_predictor=False`."
             )
 
+    @functools.wraps(LlavaForConditionalGeneration.prepare_inputs_for_generation)
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """As the host, and an assistant model is given the images too: it has no first iteration of its own."""
+        prepared = super().prepare_inputs_for_generation(*args, **kwargs)
+        features, cache = kwargs.get("mm_encoder_outputs"), prepared.get(CACHE)
+        missing = features and not prepared.get("mm_encoder_outputs") and prepared.get("pixel_values") is None
+        if missing and hasattr(cache, "sparse_layer") and not cache.get_seq_length():
+            prepared["mm_encoder_outputs"] = features
+        return prepared
+
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> None:
@@ -105,11 +128,12 @@ class SparseGenerationMixin(GenerationMixin):
         if active and cache is not None and not hasattr(cache, "sparse_layer"):
             cache = model_kwargs[CACHE] = SparseCache(self.config)
         prompt_length = model_kwargs["position_ids"].shape[-1]
-        if hasattr(
-            cache, "sparse_layer"
-        ):  # told to the cache, so that no assistant model is handed an unknown argument
-            self._generation_cache = cache
+        if hasattr(cache, "sparse_layer"):  # told to the cache, so that no assistant model gets an unknown argument
             cache.prompt_length = prompt_length
+            cache.end_tokens = getattr(generation_config, "_eos_token_tensor", None)
+            if _RUNNING.get() is not None:
+                beams, returned = generation_config.num_beams or 1, generation_config.num_return_sequences or 1
+                _RUNNING.get().append((cache, beams, returned))
         elif active:
             model_kwargs["prompt_length"] = prompt_length
 

@@ -137,7 +137,7 @@ def test_beam_search_equals_uncached(make_sparse, make_batch):
     assert_clear(model, batch)
     settings = {"num_beams": 3, "num_return_sequences": 2, "output_scores": True}
     cached = generate(model, batch, **settings)
-    assert not all(row.all() for row in model.last_sparsity.text_keep)
+    assert not all(row.all() for row in cached.past_key_values.sparsity.text_keep)
     uncached = generate(model, batch, use_cache=False, **settings)
     assert torch.equal(cached.sequences, uncached.sequences)
     torch.testing.assert_close(cached.sequences_scores, uncached.sequences_scores, **EXACT)
@@ -292,8 +292,9 @@ def test_one_row_of_decisions_serves_all_beams(make_sparse, make_batch, use_cach
     model = make_sparse()
     batch = make_batch([3, "image", 5], ["image", 3])
     row = torch.tensor([[True, False, False, True, False, True, True]])
-    generate(model, batch, num_beams=2, max_new_tokens=6, text_decisions=row, use_cache=use_cache)
-    assert [keep.tolist() for keep in model.last_sparsity.text_keep] == 4 * [row[0, :5].tolist()]
+    output = generate(model, batch, num_beams=2, max_new_tokens=6, text_decisions=row, use_cache=use_cache)
+    record = output.past_key_values.sparsity if use_cache else model.last_sparsity
+    assert [keep.tolist() for keep in record.text_keep] == 4 * [row[0, :5].tolist()]
     with pytest.raises(ValueError, match=r"`text_decisions` must have the shape \(2 or 1 rows.*got \(3, 7\)"):
         generate(model, batch, text_decisions=row.expand(3, -1), max_new_tokens=4)
 
