@@ -145,6 +145,8 @@ def build_network(base_config: PreTrainedConfig) -> PreTrainedModel:
     """
     if base_config.model_type == CifarResNetConfig.model_type:
         return CifarResNetForImageClassification(CifarResNetConfig.from_dict(base_config.to_dict()))
+    base_config = copy.deepcopy(base_config)
+    base_config.dtype = None  # that of the whole checkpoint counts, which may be loaded in another
     return AutoModelForImageClassification.from_config(base_config)
 
 

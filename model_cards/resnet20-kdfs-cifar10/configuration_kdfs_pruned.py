@@ -78,11 +78,12 @@ class KDFSPrunedConfig(PreTrainedConfig):
         """The configuration as plain values.
 
         Returns:
-            `dict`: With the nested `base_config` as a dictionary that names its `model_type`.
+            `dict`: With the nested `base_config` as a dictionary that names its `model_type`, but no data type: the
+            pruned network's own counts.
         """
         output = super().to_dict()
         base = self.base_config.to_dict()
-        output["base_config"] = {**base, "model_type": self.base_config.model_type}
+        output["base_config"] = {**base, "model_type": self.base_config.model_type, "dtype": None}
         return output
 
 

@@ -101,6 +101,25 @@ def test_any_number_of_labels_survives(tmp_path, labels):
         torch.testing.assert_close(loaded.state_dict()[name], tensor, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_loaded_in_another_data_type(slice_randomly, tmp_path, dtype):
+    """The network before pruning was loaded from a checkpoint, so its configuration names a data type."""
+    config = ResNetConfig(embedding_size=16, hidden_sizes=[16, 32], depths=[1, 1], layer_type="basic")
+    ResNetForImageClassification(config).save_pretrained(tmp_path / "dense")
+    dense = ResNetForImageClassification.from_pretrained(tmp_path / "dense")
+    assert dense.config.dtype == torch.float32
+    _, pruned = slice_randomly(dense, (3, 32, 32), target_flops_reduction=0.35)
+    pruned.save_pretrained(tmp_path / "pruned")
+    loaded = AutoModelForImageClassification.from_pretrained(tmp_path / "pruned", dtype=dtype)
+    assert {weight.dtype for weight in loaded.parameters()} == {loaded.dtype} == {loaded.config.dtype} == {dtype}
+    pruned.to(dtype).save_pretrained(tmp_path / "half")
+    for given in ({}, {"dtype": "auto"}):
+        again = AutoModelForImageClassification.from_pretrained(tmp_path / "half", **given)
+        assert {weight.dtype for weight in again.parameters()} == {dtype}
+        for name, value in pruned.state_dict().items():
+            assert torch.equal(again.state_dict()[name], value), name
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_saved_and_loaded(network, slice_randomly, tmp_path, family):
     model, shape = network(family)
