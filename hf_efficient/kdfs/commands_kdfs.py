@@ -5,7 +5,9 @@ import importlib.util
 import io
 import json
 import os
-from contextlib import redirect_stdout
+import re
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -50,9 +52,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SHARE",
         help="multiply-adds to remove, in (0, 1) (default: 0.55)",
     )
-    add(
-        "--config", metavar="FILE", help="kdfs_config.json, its folder or a Hub id; options named beside it come first"
-    )
+    add("--config", metavar="FILE", help="kdfs_config.json, its folder or a Hub id; options beside it override it")
     add("--epochs", type=float, default=20.0, help="passes over the data in all (default: 20)")
     add("--max-steps", type=int, metavar="STEPS", help="optimiser steps in all; overrides --epochs")
     add(
@@ -86,6 +86,14 @@ SETTINGS = (
     "include_layers",
     "exclude_layers",
 )
+CONFIG_NAME = "kdfs_config.json"
+NAMED = {  # option -> what it names
+    "model": "a folder or a Hub id",
+    "dataset": "a file, a folder or a Hub id",
+    "output": "a folder",
+    "config": "a file, a folder or a Hub id",
+    "teacher": "a folder or a Hub id",
+}
 
 
 def run_prune(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -106,8 +114,11 @@ def run_prune(arguments: argparse.Namespace) -> dict[str, Any]:
     from .figures_kdfs import format_widths, plot_widths
     from .pruner_kdfs import KDFSPruner, check_folder, check_no_source, write_report
 
+    for option, kind in NAMED.items():
+        if getattr(arguments, option) is not None and not getattr(arguments, option).strip():
+            raise ValueError(f"--{option} must be {kind}, but is empty; name one.")
     given = {name: getattr(arguments, name) for name in SETTINGS if getattr(arguments, name) is not None}
-    config = _read_config(arguments.config, given)
+    config, of_file = _read_config(arguments.config, given)
     if arguments.epochs <= 0:
         raise ValueError(f"--epochs must be above 0, but is {arguments.epochs:g}.")
     if arguments.max_steps is not None and arguments.max_steps < 1:
@@ -155,7 +166,7 @@ def run_prune(arguments: argparse.Namespace) -> dict[str, Any]:
         disable_tqdm=bool(getattr(arguments, "quiet", False)),
     )
     collator = ImageCollator(augment=not arguments.no_augment)
-    with redirect_stdout(io.StringIO()):  # the Trainer prints its logs
+    with redirect_stdout(io.StringIO()), _name_file(arguments.config, of_file):  # the Trainer prints its logs
         folder = pruner.prune(output, config, train, args=args, data_collator=collator)
     report = dict(pruner.report)
     lines = [format_widths(report)]
@@ -180,23 +191,72 @@ def run_prune(arguments: argparse.Namespace) -> dict[str, Any]:
     return {**report, "text": "\n".join(lines)}
 
 
-def _read_config(source: str | None, given: dict[str, Any]) -> Any:
-    """Settings of the options, over those of a file."""
+def _read_config(source: str | None, given: dict[str, Any]) -> tuple[Any, set[str]]:
+    """Settings of the options, over those of a file, and the names of those that the file decides."""
     from .configuration_kdfs import RULES, KDFSConfig
 
     if source is None:
-        return KDFSConfig(**given)
-    path = Path(source)
+        return KDFSConfig(**given), set()
+    values = _read_settings(source)
     try:
-        if path.is_file():
-            config = KDFSConfig.from_dict(json.loads(path.read_text(encoding="utf-8")))
-        else:
-            config = KDFSConfig.from_pretrained(source)
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+        config = KDFSConfig.from_dict(values)
+    except ValueError as error:
+        raise ValueError(f"--config {source}: {_without_ticks(error, values)}") from error
+    except (TypeError, AttributeError) as error:  # of fields that every configuration has
+        raise ValueError(
+            f"--config {source} holds a value of the wrong kind ({_reason(error, source)}); keep only settings of "
+            f"KDFS: {', '.join(RULES)}."
+        ) from error
+    return KDFSConfig(**{**{name: getattr(config, name) for name in RULES}, **given}), set(values) - set(given)
+
+
+def _read_settings(source: str) -> dict[str, Any]:
+    """What stands in a file of settings, in that of a folder, or in that of a Hub repository."""
+    from transformers.utils import cached_file
+
+    path = Path(source)
+    if path.is_dir() and not (path / CONFIG_NAME).is_file():
+        raise ValueError(f"--config {source} is a folder without {CONFIG_NAME}; name one that holds it, or a file.")
+    remedy = f"name a {CONFIG_NAME}, its folder, or a Hub id"
+    try:
+        found = path if path.exists() else cached_file(source, CONFIG_NAME)
+        file = path / CONFIG_NAME if path.is_dir() else Path(found)
+        values = json.loads(file.read_text(encoding="utf-8-sig"))  # with or without a byte order mark
+    except (OSError, ValueError, RecursionError) as error:
         where = "holds no settings of KDFS" if path.exists() else "is no file or folder here and no Hub id"
-        reason = str(error).strip().split("\n")[0].split(". ")[0].rstrip(".")
-        raise ValueError(f"--config {source} {where} that could be read ({reason}).") from error
-    return KDFSConfig(**{**{name: getattr(config, name) for name in RULES}, **given})
+        reason = _reason(error, source)
+        raise ValueError(f"--config {source} {where} that could be read ({reason}); {remedy}.") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"--config {source} must hold a JSON object, but holds {json.dumps(values):.40}; {remedy}.")
+    return values
+
+
+def _without_ticks(error: Exception, names: Collection[str]) -> str:
+    """A message in which these names stay as they are; others in backticks become options of the command."""
+    return re.sub(r"`(\w+)`", lambda match: match[1] if match[1] in names else match[0], str(error))
+
+
+@contextmanager
+def _name_file(source: str | None, names: Collection[str]) -> Iterator[None]:
+    """Blame a wrong setting on the file that it stands in, not on an option that nobody typed."""
+    try:
+        yield
+    except ValueError as error:
+        message = _without_ticks(error, names)
+        if message == str(error):
+            raise
+        raise ValueError(f"--config {source}: {message}") from error
+
+
+def _reason(error: Exception, name: str) -> str:
+    """The first sentence of what a library says; a dot within the name of what it read does not end it."""
+    line = (str(error).strip() or type(error).__name__).split("\n")[0]
+    forms = "|".join(re.escape(form) for form in (os.path.abspath(name), name))
+    spans = [match.span() for match in re.finditer(rf"(?<![\w./-])(?:{forms})(?![\w/-])", line)]
+    for end in (match.start() for match in re.finditer(r"\.(?= |$)", line)):
+        if not any(start <= end < stop for start, stop in spans):
+            return line[:end]
+    return line
 
 
 def _check_classifier(option: str, name: str | None, remote: dict[str, Any]) -> None:
@@ -209,8 +269,8 @@ def _check_classifier(option: str, name: str | None, remote: dict[str, Any]) -> 
         config = AutoConfig.from_pretrained(name, **remote)
     except (OSError, ValueError, KeyError) as error:
         where = "holds no configuration" if Path(name).is_dir() else "is no folder here and no Hub id"
-        reason = str(error).strip().split("\n")[0].split(". ")[0].rstrip(".")
-        raise ValueError(f"{option} {name} {where} that could be loaded ({reason}).") from error
+        reason = _reason(error, name)
+        raise ValueError(f"{option} {name} {where} that could be loaded ({reason}); name another.") from error
     known = type(config) in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
     if not known and "AutoModelForImageClassification" not in (getattr(config, "auto_map", None) or {}):
         raise ValueError(f"{option} {name} is no image classifier, but of type {config.model_type!r}; name another.")
@@ -228,7 +288,7 @@ def _load_data(arguments: argparse.Namespace, processor: Any, config: Any) -> tu
         data = _read(path, arguments)
     except Exception as error:  # datasets and pyarrow have many
         where = "could not be read" if path.exists() else "is no file or folder here and no Hub id that could be read"
-        reason = str(error).strip().split("\n")[0].split(". ")[0].rstrip(".")
+        reason = _reason(error, arguments.dataset)
         raise ValueError(
             f"--dataset {arguments.dataset} {where} ({reason}); name a folder with a folder of images per class, or "
             "parquet files."

@@ -110,17 +110,85 @@ def test_settings_come_from_a_file(material, tmp_path, file):
 
 def test_a_wrong_setting_of_a_file_is_named_and_an_option_is_not_blamed_on_it(material, tmp_path, capsys):
     settings = tmp_path / "kdfs_config.json"
+    no_object = f"--config {settings} must hold a JSON object, but holds "
+    remedy = "; name a kdfs_config.json, its folder, or a Hub id."
     for text, message in (
-        ('{"kd_wait": 4.0}', f"--config {settings} holds no settings of KDFS that could be read (`kd_wait` is not"),
-        ('{"kd_weight": -1}', "(`kd_weight` must be a number of at least 0, but is -1"),
-        ("[1]", f"--config {settings} holds no settings of KDFS"),
+        ('{"kd_wait": 4.0}', f"--config {settings}: kd_wait is not a setting of KDFSConfig; the settings are"),
+        ('{"learning_rate": 1}', f"--config {settings}: learning_rate is not a setting of KDFSConfig; the"),
+        (
+            '{"kd_weight": -1}',
+            f"--config {settings}: kd_weight must be a number of at least 0, but is -1; give another value.",
+        ),
+        ('{"id2label": 3}', f"--config {settings} holds a value of the wrong kind ("),
+        ("[1]", f"{no_object}[1]{remedy}"),
+        ("null", f"{no_object}null{remedy}"),
+        ('"x. y"', f'{no_object}"x. y"{remedy}'),
+        ("{", f"--config {settings} holds no settings of KDFS that could be read (Expecting property name"),
     ):
         settings.write_text(text)
         assert run(material, tmp_path, "--config", str(settings)) == 2
-        assert message in capsys.readouterr().err
+        assert f"error: {message}" in capsys.readouterr().err
     settings.write_text('{"kd_weight": 1.0}')
     assert run(material, tmp_path, "--config", str(settings), "--round-to", "0") == 2
     assert "error: --round-to must be an integer of at least 1, but is 0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("settings", "more", "message"),
+    [
+        ({"target_flops_reduction": 0.99}, [], "--config FILE: target_flops_reduction must be at most 0."),
+        ({"target_flops_reduction": 0.3}, ["--target-flops-reduction", "0.99"], "--target-flops-reduction must be at"),
+        (
+            {"min_filters": 999},
+            [],
+            "--config FILE: With min_filters 999 and --round-to 1 no filter can be removed: the widest layer that may "
+            "be pruned has 16; lower min_filters or --round-to.",
+        ),
+    ],
+)
+def test_what_only_the_network_refuses_is_blamed_on_the_file_too(material, tmp_path, capsys, settings, more, message):
+    """Nobody typed the options of these names, so nobody would find them."""
+    file = tmp_path / "settings.json"
+    file.write_text(json.dumps(settings))
+    assert run(material, tmp_path, "--config", str(file), *more) == 2
+    assert f"error: {message.replace('FILE', str(file))}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["kdfs_config.json", ""])
+def test_settings_with_a_byte_order_mark(material, tmp_path, capsys, name):
+    """As some editors write it; that the file was read shows in the value that is refused."""
+    folder = tmp_path / "settings"
+    folder.mkdir()
+    (folder / "kdfs_config.json").write_text('{"round_to": -8}', encoding="utf-8-sig")
+    assert run(material, tmp_path, "--config", str(folder / name)) == 2
+    assert f"--config {folder / name}: round_to must be an integer of at least 1, but is -8" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", [".", "v1. final"])
+def test_a_dot_in_a_name_does_not_end_the_reason(material, tmp_path, capsys, monkeypatch, name):
+    (tmp_path / name).mkdir(exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    remedy = "name one that holds it, or a file."
+    for option, message in (
+        ("--config", f"--config {name} is a folder without kdfs_config.json; {remedy}"),
+        (
+            "--model",
+            f"--model {name} holds no configuration that could be loaded (Unrecognized model in {name}); name",
+        ),
+    ):
+        assert run(material, tmp_path, option, name) == 2
+        assert f"error: {message}" in capsys.readouterr().err
+    if name != ".":
+        assert run(material, tmp_path, "--dataset", name) == 2
+        assert f"{name} doesn't contain any data files); name a folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["--model", "--dataset", "--output", "--config", "--teacher"])
+def test_an_empty_name_is_refused(material, tmp_path, capsys, option):
+    assert run(material, tmp_path, option, "") == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert f"error: {option} must be a f" in error
+    assert error.endswith(", but is empty; name one.")
 
 
 def test_an_empty_folder_of_images(material, tmp_path, capsys):
@@ -309,6 +377,7 @@ def test_optimum_is_interrupted_like_the_own_command(monkeypatch, capsys):
     assert ended.value.code == 130
     assert capsys.readouterr().err.strip().endswith("optimum-cli prune kdfs: interrupted")
     assert "DATASET is a Hub id" in parser.format_help()
+    assert "options beside it override it" in " ".join(parser.format_help().split())
 
 
 def test_long_common_parts_of_names_stay_out_of_the_picture():
