@@ -102,7 +102,7 @@ def main(argv: list[str] | None = None) -> int:
         command = _load(chosen) if chosen else None
         parser, spelling = _build_parser(chosen, command)
         typed.update(spelling)
-        return run_command(command, parser.parse_args(argv), title)
+        return run_command(command, parser.parse_args([_with_dashes(word) for word in argv]), title)
 
     return guard(title, typed, work)
 
@@ -177,6 +177,12 @@ def describe(error: Exception, typed: Mapping[str, str]) -> str:
         return f"{os.fspath(error.filename)}: {error.strerror}; check this path, or choose another one."
     message = " ".join(str(error).split()) or type(error).__name__
     return re.sub(r"`(\w+)(?:=\w+)?`", lambda match: typed.get(match[1], match[0]), message)
+
+
+def _with_dashes(word: str) -> str:
+    """An option as it is spelt here, where it was typed with underscores as arguments of a `Trainer` script are."""
+    option = re.match(r"--[a-z][\w-]*(?==|$)", word)
+    return word if option is None else option[0].replace("_", "-") + word[option.end() :]
 
 
 def _import_package() -> Any:

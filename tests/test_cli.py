@@ -174,6 +174,13 @@ def test_a_bug_keeps_its_traceback_and_an_interrupt_ends_quietly(toy, capsys):
     assert capsys.readouterr().err.strip().endswith(": interrupted")
 
 
+@pytest.mark.parametrize("option", ["--some-rate", "--some_rate"])
+def test_options_may_be_typed_with_underscores_values_stay_as_they_are(toy, capsys, tmp_path, option):
+    file = tmp_path / "--my_result=a_b.json"
+    assert cli.main(["toy", "fine_mode", option, f"--json={file}"]) == 0
+    assert json.loads(file.read_text())["answer"] == 42
+
+
 @pytest.mark.parametrize("argv", [[], ["nonsense"], ["toy"], ["toy", "fine", "--frobnicate"], ["--json"]])
 def test_wrong_arguments_end_with_2_in_one_line(toy, capsys, argv):
     with pytest.raises(SystemExit) as end:
