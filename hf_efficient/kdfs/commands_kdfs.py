@@ -270,7 +270,8 @@ def _check_classifier(option: str, name: str | None, remote: dict[str, Any]) -> 
     except (OSError, ValueError, KeyError) as error:
         where = "holds no configuration" if Path(name).is_dir() else "is no folder here and no Hub id"
         reason = _reason(error, name)
-        raise ValueError(f"{option} {name} {where} that could be loaded ({reason}); name another.") from error
+        remedy = "add --trust-remote-code if you trust it" if "trust_remote_code" in str(error) else "name another"
+        raise ValueError(f"{option} {name} {where} that could be loaded ({reason}); {remedy}.") from error
     known = type(config) in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
     if not known and "AutoModelForImageClassification" not in (getattr(config, "auto_map", None) or {}):
         raise ValueError(f"{option} {name} is no image classifier, but of type {config.model_type!r}; name another.")

@@ -31,7 +31,7 @@ from .trainer_kdfs import DistillationTrainer, KDFSTrainer, check_teacher, first
 logger = logging.get_logger(__name__)
 
 REPORT_NAME = "kdfs_report.json"
-OF_ONE_REPOSITORY = ("revision", "code_revision", "subfolder", "variant")
+OF_ONE_REPOSITORY = ("revision", "code_revision", "subfolder", "variant", "config")
 DERIVED = ("model.onnx", "model.onnx.data", "widths.png")  # made of a pruned network; they end with it
 
 
@@ -105,6 +105,13 @@ def load_classifier(
         raise ValueError(
             f"`{argument}` must be a readable checkpoint, but the weights of {os.fspath(model)!r} are corrupt "
             f"({str(error).splitlines()[0]}); download or save them again."
+        ) from error
+    except ValueError as error:
+        code = "trust_remote_code" in str(error)
+        raise ValueError(
+            f"`{argument}` must be the checkpoint of an image classifier, but {os.fspath(model)!r} cannot be loaded "
+            f"({str(error).splitlines()[0].rstrip('.')}); "
+            f"{'add `trust_remote_code=True` if you trust its code' if code else 'name another'}."
         ) from error
     except OSError as error:
         raise OSError(
@@ -214,8 +221,8 @@ class KDFSPruner:
             model (`str`, `os.PathLike` or `PreTrainedModel`): Hub id, folder or instance of an image classifier.
             teacher (`str`, `os.PathLike` or `nn.Module`, *optional*): Default: the model itself.
             kwargs (`Any`): As of `AutoModelForImageClassification.from_pretrained`; what names a place in the model's
-                repository (`revision`, `subfolder`, `variant`, `code_revision`) is not for the teacher, which is
-                handed in as an instance where it needs such.
+                repository (`revision`, `subfolder`, `variant`, `code_revision`) or is its `config` is not for a
+                teacher of another one, which is handed in as an instance where it needs such.
 
         Returns:
             [`KDFSPruner`]: Ready to prune.
@@ -232,7 +239,9 @@ class KDFSPruner:
             except (OSError, ValueError, ImportError) as error:
                 logger.info("No image processor beside the model (%s).", error)
         loaded = load_classifier(model, **kwargs)
-        others = {name: value for name, value in kwargs.items() if name not in OF_ONE_REPOSITORY}
+        others = kwargs
+        if str(teacher) != str(model):
+            others = {name: value for name, value in kwargs.items() if name not in OF_ONE_REPOSITORY}
         return cls(loaded, None if teacher is None else load_classifier(teacher, "teacher", **others), processor)
 
     def prune(

@@ -199,17 +199,21 @@ def test_an_empty_folder_of_images(material, tmp_path, capsys):
     assert error.endswith("; name a folder with a folder of images per class, or parquet files.")
 
 
-def test_files_of_the_wrong_kind(material, tmp_path, capsys):
+def test_files_of_the_wrong_kind(material, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("transformers.dynamic_module_utils.TIME_OUT_REMOTE_CODE", 0)  # do not ask on the terminal
     file, other = tmp_path / "notes.txt", tmp_path / "llava"
     file.write_text("words")
     other.mkdir()
     (other / "config.json").write_text('{"model_type": "llava"}')
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "config.json").write_text('{"model_type": "own", "auto_map": {"AutoConfig": "a.A"}}')
     cases = [
         (["--output", str(file)], f"--output must be a folder, but {file} is a file; name a folder."),
         (["--output", str(file / "sub")], f"--output {file / 'sub'} cannot be made: {file} is a file"),
         (["--dataset", str(file)], f"--dataset {file} could not be read"),
         (["--model", str(other)], f"--model {other} is no image classifier, but of type 'llava'"),
         (["--model", str(tmp_path / "images")], "holds no configuration that could be loaded"),
+        (["--model", str(tmp_path / "own")], "; add --trust-remote-code if you trust it."),
     ]
     for more, message in cases:
         assert run(material, tmp_path, *more) == 2, more

@@ -189,6 +189,23 @@ def test_a_place_in_the_model_s_repository_is_not_the_teacher_s(tmp_path):
         assert torch.equal(weight, teacher.state_dict()[name])
 
 
+def test_the_configuration_of_the_model_is_not_the_teacher_s(tmp_path):
+    """With it the teacher's surplus layers would be left out without a word."""
+    cifar().save_pretrained(tmp_path / "model")
+    teacher = CifarResNetForImageClassification(CifarResNetConfig(depth=14, hidden_sizes=[8, 16, 16], num_labels=4))
+    teacher.save_pretrained(tmp_path / "teacher")
+    pruner = KDFSPruner.from_pretrained(tmp_path / "model", teacher=tmp_path / "teacher", config=cifar().config)
+    assert pruner.teacher.config.depth == 14
+    assert pruner.teacher.state_dict().keys() == teacher.state_dict().keys()
+
+
+def test_a_teacher_in_the_model_s_own_folder_lies_where_the_model_does(tmp_path):
+    cifar().save_pretrained(tmp_path / "inner")
+    pruner = KDFSPruner.from_pretrained(tmp_path, teacher=str(tmp_path), subfolder="inner")
+    for name, weight in pruner.teacher.state_dict().items():
+        assert torch.equal(weight, pruner.model.state_dict()[name])
+
+
 def test_half_precision_weights_are_trained_in_single(arguments, toy_data, tmp_path):
     cifar().half().save_pretrained(tmp_path / "half")
     pruner = KDFSPruner.from_pretrained(tmp_path / "half")
@@ -471,9 +488,16 @@ def test_a_push_that_would_not_happen_is_said(arguments, toy_data, tmp_path, cap
     assert "`push_to_hub` of `args` has no effect" in caplog.text
 
 
-def test_a_wrong_argument_is_named(tmp_path, toy_data, arguments):
+def test_a_wrong_argument_is_named(tmp_path, toy_data, arguments, monkeypatch):
     with pytest.raises(OSError, match="`teacher` must be a folder"):
         KDFSPruner.from_pretrained(cifar(), teacher=tmp_path / "nowhere")
+    with pytest.raises(ValueError, match=r"`teacher` must be the checkpoint of an image classifier, but .* name an"):
+        KDFSPruner.from_pretrained(cifar(), teacher=tmp_path)  # a folder without a configuration
+    cifar().save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / "config.json").write_text('{"model_type": "none", "auto_map": {"AutoConfig": "a.A"}}')
+    monkeypatch.setattr("transformers.dynamic_module_utils.TIME_OUT_REMOTE_CODE", 0)  # do not ask on the terminal
+    with pytest.raises(ValueError, match=r"`model` must be the checkpoint .*; add `trust_remote_code=True` if you"):
+        KDFSPruner.from_pretrained(tmp_path / "model")
     pruner = KDFSPruner.from_pretrained(cifar())
     with pytest.raises(ValueError, match="`pruning_config` must be a KDFSConfig, but is a dict"):
         pruner.prune(tmp_path / "out", {"round_to": 8}, toy_data(), args=arguments())
