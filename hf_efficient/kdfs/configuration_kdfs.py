@@ -110,7 +110,7 @@ class KDFSConfig(BaseConfig):
             Filters that remain in every layer, at least 1.
         round_to (`int`, *optional*, defaults to 1):
             Kept counts are multiples of this number, or the whole layer; in layers of at least eight times as many
-            filters even multiples, as far as the target allows. 8 suits vector units.
+            filters mostly even multiples. 8 suits vector units.
         include_layers (`list[str]`, *optional*):
             Regular expressions; only convolutions whose name contains a match are pruned. `None`: all. Depthwise ones
             follow those that they read.

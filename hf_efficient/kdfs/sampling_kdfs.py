@@ -201,6 +201,10 @@ class _Ladder:
                 else [c for i, c in enumerate(rungs) if i == 0 or c % (2 * round_to) == 0 or c == rungs[-1]]
                 for rungs in self.rungs
             ]
+        self.doubts = [
+            [float(np.maximum(-item[:count], 0).sum() + np.maximum(item[count:], 0).sum()) for count in rungs]
+            for item, rungs in zip(self.sorted, self.rungs, strict=True)
+        ]  # certainty of the filters that a count flips
         small = cost.per_group([len(margin) for margin in margins])
         self.inputs, self.outputs, self.weights = (
             table.cpu().numpy() for table in (small.inputs, small.outputs, small.macs)
@@ -260,23 +264,29 @@ class _Ladder:
             if certainty is not None:
                 heapq.heappush(heap, (certainty, layer))
 
-    def polish(self, budget: float) -> None:
-        """While the budget is missed by half a percent: take the step, or the pair of steps, that ends nearest."""
+    def rate(self, level: list[int], budget: float) -> tuple[float, float]:
+        """How good other counts are, least is best: how far from the budget, from half a percent on; how doubtful."""
+        doubt = sum(doubts[index] for doubts, index in zip(self.doubts, level, strict=True))
+        return max(abs(budget - self.macs(level)), 0.005 * budget), doubt
+
+    def polish(self, budget: float) -> bool:
+        """While the budget is missed by half a percent: take the step, or the pair of steps, that ends best.
+
+        Whether it is met then.
+        """
         gap = abs(budget - self.macs(self.level))
         while gap > 0.005 * budget:
-            start, best = self.level, None
+            start, best = self.level, (gap, 0.0, self.level)
             steps = [(layer, direction) for direction in (1, -1) for _, layer in sorted(self.queue(direction))]
             for layer, direction in steps:
                 self.level = self.moved(layer, direction)
                 pairs = [self.moved(other, -1) for _, other in self.queue(-1) if direction > 0 and other != layer]
-                for level in [self.level, *pairs]:
-                    distance = abs(budget - self.macs(level))
-                    if distance < gap:
-                        best, gap = level, distance
+                best = min(best, *((*self.rate(level, budget), level) for level in [self.level, *pairs]))
                 self.level = start
-            if best is None:
-                return
-            self.level = best
+            if best[2] == start:
+                return False
+            gap, _, self.level = best
+        return True
 
 
 def reachable_reduction(cost: CostModel, sizes: list[int], min_filters: int, round_to: int) -> float:
@@ -303,11 +313,13 @@ def fit_masks(
     Starts from [`choose_filters`] and rounds every layer to an allowed count. Then single layers move by one allowed
     step, always the one whose filters are least certain: down until the cost is no longer above `keep_share`, up as
     long as a step fits. Where that misses by more than 0.5 % of the cost, the step, or the pair of a step up and one
-    down, that ends nearest is taken, on either side, until none ends nearer.
+    down, that ends nearest is taken, on either side, until none ends nearer; of those within 0.5 % the one that flips
+    the least certain filters.
 
-    With `round_to` above 1 a layer of at least `8 * round_to` filters first takes steps twice as large, so most of its
-    counts are even multiples: for 8 that is 16, the floats of a 512-bit vector, which 40 filters would fill no better
-    than 48. Its lowest count is a step likewise, even or odd: the masks of a layer may be sure of it.
+    With `round_to` above 1 a layer of at least `8 * round_to` filters first takes steps twice as large, and single
+    ones only where these miss by more than 0.5 %, so most of its counts are even multiples: for 8 that is 16, the
+    floats of a 512-bit vector, which 40 filters would fill no better than 48. Its lowest count is a step likewise,
+    even or odd: the masks of a layer may be sure of it.
 
     Args:
         logits (`list[torch.FloatTensor]`): Drop and keep logits of shape `(filters, 2)` per group.
@@ -327,8 +339,12 @@ def fit_masks(
         even.walk(-1, budget)
         even.walk(1, budget)
         ladder.go_to(even.counts())
-    ladder.walk(-1, budget)
-    if round_to == 1:
+        if even.polish(budget):
+            ladder.go_to(even.counts())
+        else:
+            ladder.walk(-1, budget)
+    else:
+        ladder.walk(-1, budget)
         ladder.walk(1, budget)
     ladder.polish(budget)
     masks = []

@@ -134,6 +134,18 @@ def test_sure_masks_that_meet_the_target_are_taken_as_they_are():
     assert [int(mask.sum()) for mask in masks] == learned
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_even_multiples_alone_are_taken_where_steps_of_them_meet_the_target(seed):
+    sizes = [64, 64, 128, 128]
+    generator = torch.Generator().manual_seed(seed)
+    logits = [torch.randn(size, 2, generator=generator) for size in sizes]
+    cost = chain(sizes)
+    masks = fit_masks(logits, cost, keep_share=0.5, round_to=8)
+    assert not any(int(mask.sum()) % 16 for mask in masks)
+    share = float(cost.count_macs(torch.cat(masks)) / cost.count_macs(torch.ones(sum(sizes))))
+    assert abs(share - 0.5) < 0.005
+
+
 def test_odd_multiples_are_there_where_only_they_meet_the_target():
     sizes = [64, 64]
     logits = [torch.stack([torch.zeros(64), torch.ones(64)], dim=1) for _ in sizes]
