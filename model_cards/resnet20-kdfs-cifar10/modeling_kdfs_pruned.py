@@ -27,7 +27,7 @@ def scatter_channels(features: Tensor, filter_index: Tensor) -> Tensor:
     """Put the channels of a pruned layer back to their places, zeros elsewhere.
 
     One gather for the whole batch, which is about twice as fast as `index_copy` or `index_add`. The memory format of
-    the features stays: after a change of it every layer that follows would run in the slower one.
+    the features stays, else the sum after it runs in the other format and the next convolution converts it back.
 
     Args:
         features (`torch.FloatTensor` of shape `(batch, kept, height, width)`): Output of the smaller layer.
