@@ -78,7 +78,8 @@ class KDFSConfig(BaseConfig):
 
     Args:
         target_flops_reduction (`float`, *optional*, defaults to 0.55):
-            Share of the multiply-adds to remove, in (0, 1). Reached within one percentage point.
+            Share of the multiply-adds to remove, in (0, 1). Reached within one percentage point, or a warning tells
+            what is.
         fine_tune_share (`float`, *optional*, defaults to 0.5):
             Share of all steps spent on fine-tuning the smaller network, in [0, 1).
         mask_learning_rate (`float`, *optional*, defaults to 1e-2):

@@ -308,7 +308,7 @@ class KDFSMaskedModel(nn.Module):
         if abs(reduction - config.target_flops_reduction) > 0.01:
             logger.warning(
                 "The layers are too coarse for the target: %.4f of the multiply-adds are removed, not %.4f; "
-                "round_to=%d leaves no closer choice.",
+                "with round_to=%d no step of one layer, and no step up with one down, ends closer.",
                 reduction,
                 config.target_flops_reduction,
                 config.round_to,

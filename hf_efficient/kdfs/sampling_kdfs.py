@@ -5,11 +5,16 @@ keep minus drop logit.
 """
 
 import heapq
+import itertools
+import math
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
+
+
+MOST_COMBINATIONS = 100_000  # of kept counts that are tried in all, about a second
 
 
 def gumbel_temperature(epoch: float, epochs: int, start: float = 1.0, end: float = 0.1) -> float:
@@ -288,6 +293,12 @@ class _Ladder:
             gap, _, self.level = best
         return True
 
+    def search(self, budget: float) -> None:
+        """Take the best of all combinations, where they are few enough to try each."""
+        if math.prod(len(rungs) for rungs in self.rungs) <= MOST_COMBINATIONS:
+            levels = itertools.product(*(range(len(rungs)) for rungs in self.rungs))
+            self.level = list(min(levels, key=lambda level: self.rate(level, budget)))
+
 
 def reachable_reduction(cost: CostModel, sizes: list[int], min_filters: int, round_to: int) -> float:
     """The largest share of the multiply-adds that the masks can remove.
@@ -314,7 +325,8 @@ def fit_masks(
     step, always the one whose filters are least certain: down until the cost is no longer above `keep_share`, up as
     long as a step fits. Where that misses by more than 0.5 % of the cost, the step, or the pair of a step up and one
     down, that ends nearest is taken, on either side, until none ends nearer; of those within 0.5 % the one that flips
-    the least certain filters.
+    the least certain filters. Where even that misses by more than 1 % of the whole network's cost and the layers have
+    few counts, as with a large `round_to`, all combinations are tried.
 
     With `round_to` above 1 a layer of at least `8 * round_to` filters first takes steps twice as large, and single
     ones only where these miss by more than 0.5 %, so most of its counts are even multiples: for 8 that is 16, the
@@ -347,6 +359,8 @@ def fit_masks(
         ladder.walk(-1, budget)
         ladder.walk(1, budget)
     ladder.polish(budget)
+    if abs(budget - ladder.macs(ladder.level)) > 0.01 * ladder.macs(ladder.top):
+        ladder.search(budget)
     masks = []
     for item, margin, count in zip(logits, margins, ladder.counts(), strict=True):
         kept = np.argsort(-margin, kind="stable")[:count]

@@ -631,3 +631,11 @@ def test_a_teacher_may_return_bare_logits(arguments, toy_data, tmp_path):
     pruner = KDFSPruner(cifar(), teacher=NoPretrainedModel())
     pruner.prune(tmp_path / "out", KDFSConfig(target_flops_reduction=0.3), toy_data(), args=arguments(max_steps=2))
     assert all("distillation" in entry for entry in pruner.history if "loss" in entry)
+
+
+def test_layers_that_are_too_coarse_for_the_target_are_said(mask, caplog):
+    masked = mask(cifar(), (3, 16, 16), round_to=8, target_flops_reduction=0.1, reconstruction_weight=0.0)
+    with caplog.at_level("WARNING"):
+        masked.freeze_masks()
+    said = "removed, not 0.1000; with round_to=8 no step of one layer, and no step up with one down, ends closer."
+    assert said in caplog.text

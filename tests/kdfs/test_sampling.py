@@ -146,6 +146,16 @@ def test_even_multiples_alone_are_taken_where_steps_of_them_meet_the_target(seed
     assert abs(share - 0.5) < 0.005
 
 
+def test_all_combinations_are_tried_where_steps_end_beside_the_target():
+    """Steps end 1.05 % away for these logits, while 32, 64, 32 filters cost just half."""
+    generator = torch.Generator().manual_seed(1)
+    sizes, cost = [64, 64, 64], chain([64, 64, 64])
+    logits = [torch.randn(size, 2, generator=generator) for size in sizes]
+    masks = fit_masks(logits, cost, keep_share=0.5, round_to=8)
+    share = float(cost.count_macs(torch.cat(masks)) / cost.count_macs(torch.ones(sum(sizes))))
+    assert abs(share - 0.5) < 0.005
+
+
 def test_odd_multiples_are_there_where_only_they_meet_the_target():
     sizes = [64, 64]
     logits = [torch.stack([torch.zeros(64), torch.ones(64)], dim=1) for _ in sizes]
