@@ -1,5 +1,6 @@
 """Pairs of images to train on: two columns, one column or folder and a cartoonizer, or a folder of A|B pictures."""
 
+import copy
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -77,6 +78,8 @@ class ImagePairs(Dataset):
                 raise ValueError(f"`{argument}` must be one of the columns {', '.join(names)}, got {column!r}.")
         if size < 1 or jitter < 0:
             raise ValueError(f"`size` must be at least 1 and `jitter` at least 0 pixels, got {size} and {jitter}.")
+        if seed < 0:
+            raise ValueError(f"`seed` must be at least 0, got {seed}.")
         if source_column is None:
             method = "bilateral" if method is None else method
         elif method is not None:
@@ -143,7 +146,7 @@ class ImagePairs(Dataset):
 
     def __getitem__(self, row: int) -> dict[str, torch.Tensor]:
         """Return `pixel_values` and `labels` of shape `(channels, size, size)`."""
-        row = int(row)
+        row = range(len(self))[int(row)]  # counted from the end where it is negative
         pair = [
             processor(image, return_tensors="pt")["pixel_values"][0]
             for processor, image in zip(self.processors, self.images(row))
@@ -191,6 +194,13 @@ def check_first_row(name: str, data: Any, config: Pix2PixConfig) -> tuple[int, .
                 f"`{key}` of `{name}` must have the shape ({channels}, height, width), got {shape}; set "
                 "`num_channels` and `num_output_channels` alike in ImagePairs and Pix2PixConfig."
             )
+        values = torch.as_tensor(row[key]) if shape else None
+        if values is not None and (not values.is_floating_point() or (values.numel() and values.abs().max() > 1.01)):
+            found = f"{values.dtype} from {values.min().item():g} to {values.max().item():g}"
+            raise ValueError(
+                f"`{key}` of `{name}` must be floating point in [-1, 1], got {found}; ImagePairs makes such tensors "
+                "of images."
+            )
         if len(shape) == 3 and any(side % config.size_divisor for side in shape[1:]):
             raise ValueError(
                 f"`{key}` of `{name}` must have a height and width divisible by {config.size_divisor} for this "
@@ -203,7 +213,8 @@ class PictureFolder(Sequence):
     """A folder of pictures as rows with the one column `image`, read when asked for: what a cartoonizer needs.
 
     Files whose header cannot be read as a picture are left out, in one warning that names the first of them. A picture
-    that is damaged further on, such as one that was copied in part, shows only when its row is read.
+    that is damaged further on, such as one that was copied in part, shows only when its row is read. A slice is a
+    folder of the chosen files.
 
     Args:
         folder (`str` or `os.PathLike`): Folder of pictures; its subfolders and hidden files are not read.
@@ -223,7 +234,11 @@ class PictureFolder(Sequence):
     def __len__(self) -> int:
         return len(self.files)
 
-    def __getitem__(self, row: int) -> dict[str, Image.Image]:
+    def __getitem__(self, row: int | slice) -> "dict[str, Image.Image] | PictureFolder":
+        if isinstance(row, slice):
+            part = copy.copy(self)
+            part.files = self.files[row]
+            return part
         return {"image": read_picture(self.files[row])}
 
 
@@ -255,7 +270,9 @@ class SideBySideFolder(PictureFolder):
         for path, (width, height) in self._sizes.items():
             _check_shape(path, width, height, any_shape)
 
-    def __getitem__(self, row: int) -> dict[str, Image.Image]:
+    def __getitem__(self, row: int | slice) -> "dict[str, Image.Image] | PictureFolder":
+        if isinstance(row, slice):
+            return super().__getitem__(row)
         picture = read_picture(self.files[row])
         half = picture.width // 2
         left, right = picture.crop((0, 0, half, picture.height)), picture.crop((half, 0, 2 * half, picture.height))

@@ -62,8 +62,14 @@ def write_report(report: RobustnessReport, folder: Path, title: str) -> Path:
         `pathlib.Path`: `index.html`.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    taken: set[str] = set()
     for name, sheet in report.samples.items():
-        save_picture(sheet, folder / f"samples_{_file_name(name)}.png")
+        file, number = _file_name(name), 1
+        while file.lower() in taken:  # also where upper and lower case are one
+            number += 1
+            file = f"{_file_name(name)}_{number}"
+        taken.add(file.lower())
+        save_picture(sheet, folder / f"samples_{file}.png")
     save_picture(plot_curves(report), folder / "robustness.png")
     _write_text(folder / "robustness.json", json.dumps(report.to_dict(), indent=2) + "\n")
     return _write_text(folder / "index.html", render_page(report, title))

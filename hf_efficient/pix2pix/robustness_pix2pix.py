@@ -238,9 +238,10 @@ def evaluate_robustness(
         FileNotFoundError: If `dataset` is the path of no folder, or of one without pictures.
         ImportError: If torchmetrics, or timm for `features` by file, is missing.
     """
-    methods = (methods,) if isinstance(methods, str) else methods
-    severities = (severities,) if isinstance(severities, int) else severities
+    methods = list(dict.fromkeys((methods,) if isinstance(methods, str) else methods))
+    severities = list(dict.fromkeys((severities,) if isinstance(severities, int) else severities))
     check_grid(methods, severities)
+    severities = [int(severity) for severity in severities]  # numbers of numpy are not written as JSON
     for argument, value in (("batch_size", batch_size), ("limit", limit)):
         if value is not None and value < 1:
             raise ValueError(f"`{argument}` must be at least 1, got {value}.")
@@ -331,6 +332,8 @@ def _make_pipes(model: Any) -> dict[str, ImageToImagePipeline]:
     models = dict(model) if isinstance(model, Mapping) else {"model": model}
     pipes = {}
     for name, one in models.items():
+        if name == IDENTITY:
+            raise ValueError(f"`model` must not be named {IDENTITY!r}, which is the baseline; choose another name.")
         if isinstance(one, ImageToImagePipeline):
             pipes[name] = one
         elif isinstance(one, (str, os.PathLike)):

@@ -56,6 +56,7 @@ class Pix2PixTrainingArguments(TrainingArguments):
             in `[0, 1]`; 1 = never.
         discriminator_learning_rate (`float`, *optional*): Where it differs from `learning_rate`.
         ema_decay (`float`, defaults to 0.0): Decay of the running average of the generator's weights, in `[0, 1)`.
+            It starts at the first weights, so the training must be many times longer than `1 / (1 - ema_decay)` steps.
             With it, evaluation, previews and checkpoints show the average. 0 = off.
         preview_steps (`int`, defaults to 0): Steps between two preview sheets in `previews/`; 0 = none.
         preview_count (`int`, defaults to 4): Rows of a sheet.
@@ -389,8 +390,15 @@ class Pix2PixTrainer(PushesNoPickles, Trainer):
         Returns:
             `EvalLoopOutput`: As in [`Trainer`].
         """
-        with self._averaged():
-            return super().evaluation_loop(*args, **kwargs)
+        if isinstance(self.compute_metrics, ImageMetrics):
+            self.compute_metrics.totals.clear()  # of an evaluation that broke off
+        epochs = [(data, int(data.epoch)) for data in _augmented(self.train_dataset) if hasattr(data, "epoch")]
+        try:
+            with self._averaged():
+                return super().evaluation_loop(*args, **kwargs)
+        finally:
+            for data, epoch in epochs:  # data that is evaluated on as well was set to epoch 0
+                data.set_epoch(epoch)
 
     # ---- checkpoints ----
 
@@ -512,6 +520,15 @@ class Pix2PixTrainer(PushesNoPickles, Trainer):
         return super()._finalize_training(*args, **kwargs)
 
 
+def _augmented(data: Any) -> Iterator[Any]:
+    """The data sets inside of `Subset`, `ConcatDataset` and the like whose augmentation depends on the epoch."""
+    if hasattr(data, "set_epoch"):
+        yield data
+    elif data is not None:
+        for part in (getattr(data, "dataset", None), *(getattr(data, "datasets", None) or ())):
+            yield from _augmented(part)
+
+
 class _EveryStep(TrainerCallback):
     """Calls the trainer after each step and tells the data the epoch."""
 
@@ -520,8 +537,8 @@ class _EveryStep(TrainerCallback):
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Choose the epoch's augmentation; `state.epoch` may lie inside the epoch after a resume."""
-        if hasattr(self.trainer.train_dataset, "set_epoch"):
-            self.trainer.train_dataset.set_epoch(int(state.epoch or 0))
+        for data in _augmented(self.trainer.train_dataset):
+            data.set_epoch(int(state.epoch or 0))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Advance the schedule, the average and the previews."""

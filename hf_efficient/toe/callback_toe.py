@@ -126,6 +126,7 @@ class ToECallback(TrainerCallback):
                 f"`callbacks=[ToECallback()]`, because others cannot read the names that {type(model).__name__} is "
                 "saved under; this one would go on from other weights than those of the checkpoint."
             )
+        translate_names(model)  # for the best checkpoint at the end: made by `model_init`, or trained before
         if self.config.counts_epochs and state.num_train_epochs >= sys.maxsize:
             raise ValueError(
                 f"`stage_starts` can count epochs only where the training data has a length, got "

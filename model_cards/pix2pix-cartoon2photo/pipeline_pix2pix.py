@@ -81,6 +81,7 @@ class ImageToImagePipeline(Pipeline):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.model.eval()  # one that was just trained is not: its answers would depend on chance and on batch mates
         if self.image_processor is None:
             if self.model.config.model_type != "pix2pix":
                 raise ValueError(

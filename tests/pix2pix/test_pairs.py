@@ -244,3 +244,18 @@ def test_sheets(tmp_path, picture):
     with pytest.raises(ValueError, match="unknown file extension"):
         save_picture(sheet, path.with_suffix(".abc"))
     assert [file.name for file in path.parent.iterdir()] == ["sheet.png"]
+
+
+def test_a_folder_can_be_sliced_and_rows_are_counted_from_the_end(picture_folder, picture):
+    folder = PictureFolder(picture_folder)
+    part = folder[1:]
+    assert isinstance(part, PictureFolder)
+    assert part.files == folder.files[1:]
+    assert len(folder) == 3
+    assert part[0]["image"].size == folder[1]["image"].size
+    pairs = ImagePairs(folder, "image", size=8, method="palette", jitter=2)
+    assert torch.equal(pairs[-1]["labels"], pairs[2]["labels"])
+    with pytest.raises(IndexError):
+        pairs[3]
+    with pytest.raises(ValueError, match="`seed` must be at least 0, got -1"):
+        ImagePairs(folder, "image", size=8, seed=-1)

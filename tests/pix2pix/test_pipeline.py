@@ -15,7 +15,7 @@ from PIL import Image
 from transformers import ViTConfig, ViTModel, pipeline
 from transformers.pipelines.pt_utils import KeyDataset
 
-from hf_efficient import ImageToImagePipeline, Pix2PixImageProcessor, Pix2PixModel
+from hf_efficient import ImageToImagePipeline, Pix2PixConfig, Pix2PixImageProcessor, Pix2PixModel
 from hf_efficient.pix2pix import ImageToImageError
 
 
@@ -232,3 +232,12 @@ def test_large_images_use_the_device_and_dtype_of_the_model(tiny_model, picture)
     difference = np.abs(np.asarray(answer, int) - np.asarray(reference, int))
     assert answer.size == reference.size
     assert difference.mean() < 4
+
+
+def test_a_model_that_was_just_trained_answers_as_in_evaluation(tiny_config, picture):
+    torch.manual_seed(0)
+    model = Pix2PixModel(Pix2PixConfig(**{**tiny_config.to_dict(), "norm": "batch", "dropout": 0.5})).train()
+    pipe = pipeline("image-to-image", model=model)
+    first, second = (np.asarray(pipe(picture())) for _ in range(2))
+    assert not pipe.model.training
+    assert np.array_equal(first, second)

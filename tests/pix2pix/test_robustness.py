@@ -300,3 +300,21 @@ def test_the_page_in_a_browser(report, tmp_path, width, theme):
     done = subprocess.run([*command, "--dump-dom", probe.as_uri()], check=True, capture_output=True, timeout=120)
     overflow = int(re.search(r"<title>(-?\d+)</title>", done.stdout.decode())[1])
     assert overflow <= 0  # nothing sticks out: wide tables and sheets scroll inside their frame
+
+
+def test_methods_and_severities_count_once_numbers_may_be_of_numpy(tiny_model, picture, tmp_path):
+    photos = [picture(16, 16), picture(20, 20)]
+    report = evaluate_robustness(tiny_model, photos, methods=["palette", "palette"], severities=np.array([1, 2, 2]))
+    assert [row["severity"] for row in report.rows if row["model"] == "model"] == [1, 2]
+    assert report.save(tmp_path / "report").is_file()
+
+
+def test_the_baseline_keeps_its_name_and_every_sheet_its_file(tiny_model, picture, tmp_path):
+    photos = [picture(16, 16), picture(20, 20)]
+    with pytest.raises(ValueError, match="must not be named 'the cartoon itself'"):
+        evaluate_robustness({"the cartoon itself": tiny_model}, photos, methods="palette", severities=1)
+    models = {"run a": tiny_model, "run_a": tiny_model, "Run/A": tiny_model}
+    report = evaluate_robustness(models, photos, methods="palette", severities=1)
+    report.save(tmp_path)
+    names = [file.name.lower() for file in tmp_path.glob("samples*.png")]
+    assert len(report.samples) == 3 == len(set(names))

@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch.utils.data import Dataset, IterableDataset
+from torch.utils.data import ConcatDataset, Dataset, IterableDataset, Subset
 from transformers import ViTConfig, ViTModel
 
 from hf_efficient import Pix2PixDiscriminator, Pix2PixModel, Pix2PixTrainer, Pix2PixTrainingArguments
 from hf_efficient.pix2pix.figures_pix2pix import to_picture
+from hf_efficient.pix2pix.pairs_pix2pix import ImagePairs
 
 
 def pairs(count: int) -> list[dict[str, torch.Tensor]]:
@@ -81,3 +82,51 @@ def test_another_model_is_named(tmp_path):
     for model, name in ((ViTModel(ViTConfig(**sizes)), "ViTModel"), (None, "NoneType")):
         with pytest.raises(TypeError, match=f"`model` must be a Pix2PixModel, got {name}"):
             Pix2PixTrainer(model, args)
+
+
+def augmented(picture) -> ImagePairs:
+    rows = [{"image": picture(20, side)} for side in (20, 24, 28, 32)]
+    return ImagePairs(rows, "image", size=16, jitter=4, flip=True, method="palette")
+
+
+@pytest.mark.parametrize("wrap", [lambda data: data, lambda data: Subset(data, [0, 1]), lambda data: data + data])
+def test_every_epoch_sees_other_crops_of_wrapped_data_too(make, picture, wrap):
+    pairs = augmented(picture)
+    epochs = []
+    pairs.set_epoch = lambda epoch: epochs.append(epoch) or pairs.epoch.fill_(epoch)
+    run = make(wrap(pairs), per_device_train_batch_size=1)
+    run.args.max_steps, run.args.num_train_epochs = -1, 3
+    run.train()
+    assert {0, 1, 2} <= set(epochs)
+
+
+def test_an_evaluation_on_the_training_data_leaves_its_epoch(make, picture):
+    pairs = augmented(picture)
+    run = make(ConcatDataset([pairs]), pairs)
+    pairs.set_epoch(5)
+    run.evaluate()
+    assert int(pairs.epoch) == 5
+
+
+def test_an_evaluation_that_broke_off_is_not_in_the_next_figure(make):
+    class Breaks(Rows):
+        def __getitem__(self, row):
+            if row == 3:
+                raise ValueError("damaged")
+            return super().__getitem__(row)
+
+    run = make(Rows(2), Rows(2), per_device_eval_batch_size=1)
+    expected = run.evaluate()["eval_psnr"]
+    with pytest.raises(ValueError, match="damaged"):
+        run.evaluate(Breaks(4))
+    assert run.evaluate()["eval_psnr"] == expected
+
+
+@pytest.mark.parametrize(("scale", "found"), [(255.0, "torch.float32 from"), (None, "torch.uint8 from 0 to")])
+def test_rows_of_another_range_are_refused(make, scale, found):
+    rows = [
+        {name: (image.abs() * 255).byte() if scale is None else image * scale for name, image in row.items()}
+        for row in pairs(2)
+    ]
+    with pytest.raises(ValueError, match=rf"`train_dataset` must be floating point in \[-1, 1\], got {found}"):
+        make(rows)

@@ -222,12 +222,16 @@ def test_resume_in_a_stage_ends_with_the_same_weights(stop, make_vit, make_train
     assert [e["loss"] for e in logs] == [e["loss"] for e in training_logs(whole)]  # the same batches followed
 
 
-def test_best_model_at_the_end_is_the_one_of_its_checkpoint(make_vit, make_trainer, tmp_path):
-    scores = iter([0.0, 1.0, 0.5, 0.2])
+@pytest.mark.parametrize("case", ["model", "model_init", "trained before"])
+def test_best_model_at_the_end_is_the_one_of_its_checkpoint(case, make_vit, make_trainer, tmp_path):
+    scores = iter([0.0, 1.0, 0.5, 0.2] * 2)
+    arguments = {"compute_metrics": lambda prediction: {"score": next(scores)}}
+    if case == "model_init":
+        arguments["model_init"] = lambda: make_vit()  # noqa: PLW0108 - its signature counts
     trainer = make_trainer(
-        make_vit(),
+        None if case == "model_init" else make_vit(),
         [ToECallback()],
-        trainer_arguments={"compute_metrics": lambda prediction: {"score": next(scores)}},
+        trainer_arguments=arguments,
         eval_strategy="steps",
         save_strategy="steps",
         eval_steps=3,
@@ -236,6 +240,8 @@ def test_best_model_at_the_end_is_the_one_of_its_checkpoint(make_vit, make_train
         metric_for_best_model="score",
     )
     trainer.train()
+    if case == "trained before":
+        trainer.train()
     best = type(trainer.model).from_pretrained(tmp_path / "run" / "checkpoint-6")
     assert trainer.state.best_model_checkpoint.endswith("checkpoint-6")
     assert_same(weights(trainer.model), weights(best))
