@@ -366,7 +366,13 @@ def _holds_bytes(kind: Any) -> bool:
 
 def _label_numbers(arguments: argparse.Namespace, rows: Any, column: str, config: Any) -> Any:
     """How a label of the dataset becomes a label of the model: by its word where both have words, else as it is."""
-    values = set(rows[column])
+    try:
+        values = set(rows[column])
+    except TypeError as error:  # pictures, lists
+        raise ValueError(
+            f"--dataset {arguments.dataset} has no classes in `{column}`, but {type(rows[0][column]).__name__}; name "
+            "the column of classes with --label-column."
+        ) from error
     if None in values:
         raise ValueError(f"--dataset {arguments.dataset} has a row without a label in `{column}`; leave it out.")
     names = dict(enumerate(getattr(rows.features[column], "names", None) or ()))

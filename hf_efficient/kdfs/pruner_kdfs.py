@@ -291,6 +291,8 @@ class KDFSPruner:
         save_directory = Path(save_directory)
         check_folder(save_directory, "`save_directory`")
         check_no_source(save_directory, {"`model`": self.model, "`teacher`": self.teacher}, "`save_directory`")
+        if (save_directory / REPORT_NAME).is_file():
+            logger.warning("%s holds the result of an earlier pruning, which the new one replaces.", save_directory)
         image = first_image(train_dataset)
         dtype = next((weight.dtype for weight in self.model.parameters()), image.dtype)
         mixed = args is not None and (args.bf16 or args.fp16) and image.is_floating_point()

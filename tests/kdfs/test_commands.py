@@ -327,6 +327,27 @@ def test_a_missing_exporter_is_noticed_before_training(material, tmp_path, capsy
     assert not (tmp_path / "out").exists()
 
 
+def test_a_column_of_pictures_is_no_column_of_classes(material, tmp_path, capsys):
+    import datasets
+
+    _, images = material
+    picture = Image.open(next(images.rglob("*.png"))).copy()
+    features = datasets.Features({"image": datasets.Image(), "labels": datasets.Image()})
+    rows = datasets.Dataset.from_dict({"image": [picture] * 4, "labels": [picture] * 4}, features=features)
+    (tmp_path / "data").mkdir()
+    rows.to_parquet(tmp_path / "data" / "train.parquet")
+    assert run((material[0], tmp_path / "data"), tmp_path) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "has no classes in `labels`, but PngImageFile; name the column of classes with --label-column" in error
+
+
+def test_an_earlier_result_is_replaced_with_a_word(material, tmp_path, caplog):
+    for times in range(2):
+        caplog.clear()
+        assert run(material, tmp_path, "--seed", str(times)) == 0
+        assert ("holds the result of an earlier pruning" in caplog.text) == bool(times)
+
+
 def test_quiet_is_quiet(material, tmp_path, capfd):
     """Progress bars of `datasets` as well; the first lines are of a cache that is still empty."""
     assert run(material, tmp_path, "--target-flops-reduction", "0.4", "--quiet") == 0

@@ -227,7 +227,7 @@ def test_best_model_at_the_end_is_the_one_of_its_checkpoint(case, make_vit, make
     scores = iter([0.0, 1.0, 0.5, 0.2] * 2)
     arguments = {"compute_metrics": lambda prediction: {"score": next(scores)}}
     if case == "model_init":
-        arguments["model_init"] = lambda: make_vit()  # noqa: PLW0108 - its signature counts
+        arguments["model_init"] = lambda: make_vit()
     trainer = make_trainer(
         None if case == "model_init" else make_vit(),
         [ToECallback()],
