@@ -49,7 +49,7 @@ PRESETS = {
         "network": {"layer_type": "bottleneck", "depths": [3, 4, 6, 3], "hidden_sizes": [256, 512, 1024, 2048]},
         "size": 224,
         "batches": (1, 64),
-        "repeats": {1: 15, 64: 3},
+        "repeats": {1: 15, 64: 7},
         "step": {"depth": 20, "batch": 128, "repeats": 9},
     },
     "small": {
