@@ -397,8 +397,8 @@ class Pix2PixTrainer(PushesNoPickles, Trainer):
             with self._averaged():
                 return super().evaluation_loop(*args, **kwargs)
         finally:
-            for data, epoch in epochs:  # data that is evaluated on as well was set to epoch 0
-                data.set_epoch(epoch)
+            for data, epoch in epochs:
+                data.set_epoch(epoch)  # what is evaluated on as well was set to epoch 0
 
     # ---- checkpoints ----
 
