@@ -55,8 +55,7 @@ class Pix2PixTrainingArguments(TrainingArguments):
         decay_start (`float`, defaults to 0.5): Share of the steps after which the learning rate falls linearly to 0,
             in `[0, 1]`; 1 = never.
         discriminator_learning_rate (`float`, *optional*): Where it differs from `learning_rate`.
-        ema_decay (`float`, defaults to 0.0): Decay of the running average of the generator's weights, in `[0, 1)`.
-            It starts at the first weights, so the training must be many times longer than `1 / (1 - ema_decay)` steps.
+        ema_decay (`float`, defaults to 0.0): Decay of the generator's average from its first weights on, in `[0, 1)`.
             With it, evaluation, previews and checkpoints show the average. 0 = off.
         preview_steps (`int`, defaults to 0): Steps between two preview sheets in `previews/`; 0 = none.
         preview_count (`int`, defaults to 4): Rows of a sheet.
