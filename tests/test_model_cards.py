@@ -15,10 +15,17 @@ from hf_efficient.results import read_results
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 CARDS = REPOSITORY / "model_cards"
+DYNAMIC_LLAVA = (
+    "AutoConfig",
+    "AutoModel",
+    "AutoModelForImageTextToText",
+    "AutoModelForMultimodalLM",
+    "AutoProcessor",
+)
 # checkpoint -> how it loads: Auto classes, and whether the trust flag is needed
 EXPECTED = {
-    "dynamic-llava-easy-vqa": (("AutoConfig", "AutoModel", "AutoModelForImageTextToText", "AutoProcessor"), True),
-    "dynamic-llava-scenes": (("AutoConfig", "AutoModel", "AutoModelForImageTextToText", "AutoProcessor"), True),
+    "dynamic-llava-easy-vqa": (DYNAMIC_LLAVA, True),
+    "dynamic-llava-scenes": (DYNAMIC_LLAVA, True),
     "vit-toe-cifar10": (("AutoConfig", "AutoModel", "AutoModelForImageClassification", "AutoImageProcessor"), False),
     "resnet20-kdfs-cifar10": (
         ("AutoConfig", "AutoModel", "AutoModelForImageClassification", "AutoImageProcessor"),

@@ -5,7 +5,7 @@ sparse layer), `modeling`, `generation`, `loading`; then `callback`, `trainer`, 
 checkpoint needs.
 """
 
-from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM
 
 from .configuration_dynamic_llava import DynamicLlavaConfig
 from .modeling_dynamic_llava import DynamicLlavaForConditionalGeneration, DynamicLlavaModel
@@ -14,5 +14,6 @@ from .modeling_dynamic_llava import DynamicLlavaForConditionalGeneration, Dynami
 AutoConfig.register(DynamicLlavaConfig.model_type, DynamicLlavaConfig)
 AutoModel.register(DynamicLlavaConfig, DynamicLlavaModel)
 AutoModelForImageTextToText.register(DynamicLlavaConfig, DynamicLlavaForConditionalGeneration)
+AutoModelForMultimodalLM.register(DynamicLlavaConfig, DynamicLlavaForConditionalGeneration)
 
 __all__ = ["DynamicLlavaConfig", "DynamicLlavaForConditionalGeneration", "DynamicLlavaModel"]

@@ -193,6 +193,7 @@ class DynamicLlavaConfig(LlavaConfig):
             "AutoConfig": "configuration_dynamic_llava.DynamicLlavaConfig",
             "AutoModel": "modeling_dynamic_llava.DynamicLlavaModel",
             "AutoModelForImageTextToText": "modeling_dynamic_llava.DynamicLlavaForConditionalGeneration",
+            "AutoModelForMultimodalLM": "modeling_dynamic_llava.DynamicLlavaForConditionalGeneration",
         }
         return fields
 

@@ -26,7 +26,7 @@ SHIPPED = {
 
 CLIENT = """
 import sys, torch
-from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM
 folder, again = sys.argv[1:]
 inputs = torch.load(f"{folder}/inputs.pt")
 config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
@@ -39,8 +39,8 @@ else:
     raise AssertionError("loaded code without being asked to")
 base = AutoModel.from_pretrained(folder, trust_remote_code=True)
 assert type(base).__name__ == "DynamicLlavaModel" and "transformers_modules" in type(base).__module__
-for place in (folder, again):
-    model = AutoModelForImageTextToText.from_pretrained(place, trust_remote_code=True)
+for place, auto in ((folder, AutoModelForImageTextToText), (again, AutoModelForMultimodalLM)):
+    model = auto.from_pretrained(place, trust_remote_code=True)
     tokens = model.generate(**inputs["batch"], max_new_tokens=30)
     assert torch.equal(tokens, inputs["tokens"]), tokens
     sparsity = model.last_sparsity
@@ -76,7 +76,8 @@ def test_checkpoint_holds_exactly_what_it_needs(make_sparse, tmp_path):
     assert {path.name for path in tmp_path.glob("*.py")} == SHIPPED
     assert not list(tmp_path.glob("*.bin"))
     config = json.loads((tmp_path / "config.json").read_text())
-    assert set(config["auto_map"]) == {"AutoConfig", "AutoModel", "AutoModelForImageTextToText"}
+    heads = {"AutoModelForImageTextToText", "AutoModelForMultimodalLM"}
+    assert set(config["auto_map"]) == {"AutoConfig", "AutoModel"} | heads
     assert config["architectures"] == ["DynamicLlavaForConditionalGeneration"]
     package = Path(__import__("hf_efficient").__file__).parent / "dynamic_llava"
     for name in SHIPPED:

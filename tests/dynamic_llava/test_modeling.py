@@ -6,6 +6,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import (
     AutoModel,
     AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
     GemmaConfig,
     LlavaForConditionalGeneration,
     LlavaModel,
@@ -174,8 +175,9 @@ def test_base_model_and_auto_classes(make_sparse, make_batch, tmp_path):
     model.save_pretrained(tmp_path)
     base = AutoModel.from_pretrained(tmp_path)
     assert isinstance(base, DynamicLlavaModel)
-    task = AutoModelForImageTextToText.from_pretrained(tmp_path)
-    assert isinstance(task, DynamicLlavaForConditionalGeneration)
+    for auto in (AutoModelForImageTextToText, AutoModelForMultimodalLM):
+        task = auto.from_pretrained(tmp_path)
+        assert isinstance(task, DynamicLlavaForConditionalGeneration)
     hidden = base(**batch).last_hidden_state
     assert torch.equal(task.lm_head(hidden), task(**batch).logits)
     assert isinstance(model(**batch, return_dict=False), tuple)
