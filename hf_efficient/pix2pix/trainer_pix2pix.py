@@ -12,7 +12,6 @@ import shutil
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from importlib import import_module
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -22,11 +21,13 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import EvalPrediction, Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_utils import SchedulerType, rotate_checkpoints
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import rotate_checkpoints
 
+from .arguments_pix2pix import check_arguments, check_trainable, say_what_a_cpu_lacks
 from .figures_pix2pix import sample_sheet, save_picture, to_picture
-from .losses_pix2pix import GAN_LOSSES, ImagePool, discriminator_loss, generator_loss, score_pairs
+from .losses_pix2pix import ImagePool, discriminator_loss, generator_loss, score_pairs
+from .metrics_pix2pix import ImageMetrics
 from .modeling_pix2pix import Pix2PixDiscriminator, Pix2PixModel
 from .pairs_pix2pix import check_first_row
 from .pushing_pix2pix import PushesNoPickles
@@ -45,7 +46,10 @@ class Pix2PixTrainingArguments(TrainingArguments):
     0.5, `weight_decay` and `max_grad_norm` 0, `num_train_epochs` 200, `per_device_train_batch_size` 1; and for images:
     `remove_unused_columns` off, `batch_eval_metrics` on, `logging_nan_inf_filter` off, `ddp_broadcast_buffers` off;
     on a CPU `dataloader_pin_memory` is off, since there is nothing to copy to.
-    The schedule is the one of `decay_start`; `lr_scheduler_type` and warm-up are refused.
+    The schedule is the one of `decay_start`; `lr_scheduler_type` and warm-up are refused, and so is what fits no pair
+    of image networks: label smoothing, NEFTune, activation checkpointing, Liger kernels, evaluation in half precision,
+    DeepSpeed, FSDP, sampling by length, label names, and optimisers that are bound to one network. `weight_decay` and
+    `max_grad_norm` are the generator's.
 
     Args:
         gan_loss (`str`, defaults to `"vanilla"`): `"vanilla"` (cross entropy, Eq. 1), `"lsgan"`, `"hinge"`, or
@@ -80,27 +84,13 @@ class Pix2PixTrainingArguments(TrainingArguments):
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "training stops at NaN instead"})
 
     def __post_init__(self) -> None:
-        if self.gan_loss not in GAN_LOSSES:
-            raise ValueError(f"`gan_loss` must be one of {', '.join(GAN_LOSSES)}, got {self.gan_loss!r}.")
-        for name in ("lambda_l1", "pool_size", "preview_steps"):
-            if not getattr(self, name) >= 0:  # also NaN
-                raise ValueError(f"`{name}` must be at least 0, got {getattr(self, name)}.")
-        if not 0 <= self.decay_start <= 1:
-            raise ValueError(f"`decay_start` must lie in [0, 1], got {self.decay_start}.")
-        if not 0 <= self.ema_decay < 1:
-            raise ValueError(f"`ema_decay` must lie in [0, 1), got {self.ema_decay}.")
-        if self.preview_count < 1:
-            raise ValueError(f"`preview_count` must be at least 1, got {self.preview_count}.")
-        if self.lr_scheduler_type not in ("linear", SchedulerType.LINEAR) or self.warmup_steps:
-            raise ValueError(
-                "`lr_scheduler_type` and `warmup_steps` must be left out: the learning rate is constant, then falls "
-                f"linearly from `decay_start` on; got {self.lr_scheduler_type!s} and {self.warmup_steps}."
-            )
+        check_arguments(self)
         if self.ddp_broadcast_buffers is None:
             self.ddp_broadcast_buffers = False  # running averages are written between two forwards of one step
         super().__post_init__()
         if self.device.type == "cpu":
             self.dataloader_pin_memory = False
+            say_what_a_cpu_lacks(self)
 
 
 class Pix2PixTrainer(PushesNoPickles, Trainer):
@@ -112,11 +102,13 @@ class Pix2PixTrainer(PushesNoPickles, Trainer):
         discriminator ([`Pix2PixDiscriminator`], *optional*): Its opponent; left out, a 70x70 PatchGAN with the
             generator's width and norm.
         **kwargs: As in [`Trainer`]. Rows of the data sets hold `pixel_values` and `labels`, see [`ImagePairs`].
-            Without `compute_metrics` an evaluation measures PSNR and SSIM (torchmetrics).
+            Without `compute_metrics` an evaluation measures PSNR and SSIM (torchmetrics). `optimizers` and
+            `optimizer_cls_and_kwargs` are the generator's; the discriminator's optimiser follows `args`.
 
     Raises:
         TypeError: If `model` is no [`Pix2PixModel`], or `args` are plain [`TrainingArguments`].
-        ValueError: If `discriminator` takes another number of channels than source and target have together, or the
+        ValueError: If a network does not hold float32 weights, a loss function is given, accelerate is set to shard
+            networks, `discriminator` takes another number of channels than source and target have together, or the
             first row of a data set lacks an image or has one of another shape than the generator takes or, to train
             on, too small for the discriminator; while training, if an image cannot be read, the images of a pair
             differ in size, or a checkpoint holds other networks.
@@ -137,9 +129,25 @@ class Pix2PixTrainer(PushesNoPickles, Trainer):
             raise TypeError(f"`model` must be a Pix2PixModel, got {type(model).__name__}.")
         if not isinstance(args, Pix2PixTrainingArguments):
             raise TypeError(f"`args` must be Pix2PixTrainingArguments, got {type(args).__name__}.")
+        if kwargs.get("compute_loss_func") is not None:
+            raise ValueError(
+                f"`compute_loss_func` must be left out, got a {type(kwargs['compute_loss_func']).__name__}: the "
+                "losses are those of `gan_loss` and `lambda_l1`."
+            )
+        check_trainable("model", model)
+        if discriminator is not None:
+            check_trainable("discriminator", discriminator)
         if kwargs.get("compute_metrics") is None:
             kwargs["compute_metrics"] = ImageMetrics()
         super().__init__(model=model, args=args, **kwargs)
+        if (
+            self.is_deepspeed_enabled or self.is_fsdp_enabled
+        ):  # by the settings of accelerate, which are in no argument
+            found = "DeepSpeed" if self.is_deepspeed_enabled else "FSDP"
+            raise ValueError(
+                f"Both networks must be whole on every device, got {found} from the settings of accelerate: train on "
+                "several GPUs by `accelerate launch --multi_gpu`."
+            )
         self.model_accepts_loss_kwargs = False
         config = model.config
         sides: tuple[int, ...] = ()
@@ -186,6 +194,7 @@ class Pix2PixTrainer(PushesNoPickles, Trainer):
             self.discriminator, optimizer
         )
         self._held.clear()  # of a step that was interrupted
+        self._sums.clear()
         self._last_checkpoint = None if resume_from_checkpoint is None else Path(resume_from_checkpoint)
         self.average = None
         if self.args.ema_decay > 0:
@@ -542,46 +551,6 @@ class _EveryStep(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Advance the schedule, the average and the previews."""
         self.trainer._after_step()
-
-
-class ImageMetrics:
-    """PSNR and SSIM of an evaluation, batch by batch (torchmetrics); images in `[-1, 1]`."""
-
-    def __init__(self) -> None:
-        self.totals: dict[str, float] = defaultdict(float)
-
-    def __call__(self, prediction: EvalPrediction, compute_result: bool = True) -> dict[str, float]:
-        """Add a batch.
-
-        Args:
-            prediction (`EvalPrediction`): Outputs and labels of shape `(batch, channels, height, width)`.
-            compute_result (`bool`, defaults to `True`): Whether this was the last batch.
-
-        Returns:
-            `dict[str, float]`: `psnr` in decibels and `ssim`, means over the images, after the last batch.
-
-        Raises:
-            ImportError: If torchmetrics is missing.
-        """
-        try:
-            functions = import_module("torchmetrics.functional.image")
-        except ImportError as error:
-            raise ImportError(
-                'Measuring PSNR and SSIM needs torchmetrics; run pip install "hf-efficient[pix2pix]".'
-            ) from error
-        output, label = (torch.as_tensor(x).float() for x in (prediction.predictions, prediction.label_ids))
-        output = output.clamp(-1, 1)
-        self.totals["images"] += len(output)
-        for name, function in (
-            ("psnr", functions.peak_signal_noise_ratio),
-            ("ssim", functions.structural_similarity_index_measure),
-        ):
-            extra = {"dim": (1, 2, 3)} if name == "psnr" else {}
-            self.totals[name] += function(output, label, data_range=2.0, reduction="sum", **extra).item()
-        if not compute_result:
-            return {}
-        totals, self.totals = self.totals, defaultdict(float)
-        return {name: totals[name] / totals["images"] for name in ("psnr", "ssim")}
 
 
 def _plain(state: dict[str, Tensor]) -> dict[str, Tensor]:

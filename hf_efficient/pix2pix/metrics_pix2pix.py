@@ -1,0 +1,47 @@
+"""What an evaluation of a Pix2Pix training measures."""
+
+from collections import defaultdict
+from importlib import import_module
+
+import torch
+from transformers import EvalPrediction
+
+
+class ImageMetrics:
+    """PSNR and SSIM of an evaluation, batch by batch (torchmetrics); images in `[-1, 1]`."""
+
+    def __init__(self) -> None:
+        self.totals: dict[str, float] = defaultdict(float)
+
+    def __call__(self, prediction: EvalPrediction, compute_result: bool = True) -> dict[str, float]:
+        """Add a batch.
+
+        Args:
+            prediction (`EvalPrediction`): Outputs and labels of shape `(batch, channels, height, width)`.
+            compute_result (`bool`, defaults to `True`): Whether this was the last batch.
+
+        Returns:
+            `dict[str, float]`: `psnr` in decibels and `ssim`, means over the images, after the last batch.
+
+        Raises:
+            ImportError: If torchmetrics is missing.
+        """
+        try:
+            functions = import_module("torchmetrics.functional.image")
+        except ImportError as error:
+            raise ImportError(
+                'Measuring PSNR and SSIM needs torchmetrics; run pip install "hf-efficient[pix2pix]".'
+            ) from error
+        output, label = (torch.as_tensor(x).float() for x in (prediction.predictions, prediction.label_ids))
+        output = output.clamp(-1, 1)
+        self.totals["images"] += len(output)
+        for name, function in (
+            ("psnr", functions.peak_signal_noise_ratio),
+            ("ssim", functions.structural_similarity_index_measure),
+        ):
+            extra = {"dim": (1, 2, 3)} if name == "psnr" else {}
+            self.totals[name] += function(output, label, data_range=2.0, reduction="sum", **extra).item()
+        if not compute_result:
+            return {}
+        totals, self.totals = self.totals, defaultdict(float)
+        return {name: totals[name] / totals["images"] for name in ("psnr", "ssim")}
