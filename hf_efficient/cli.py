@@ -7,6 +7,7 @@ docstring is the text of `--help`, examples included. It has two static methods:
 into exit code 2, and names of arguments in backticks into what was typed (`` `overwrite=True` `` into `--overwrite`).
 Where only part of the work could be done, the result of `run` says so in one sentence under `"incomplete"`: the rest
 is written and shown as ever, the sentence goes to standard error, and the exit code is 3.
+A command that was interrupted and knows what it kept raises `KeyboardInterrupt` with that sentence.
 Every subcommand has `--json FILE` and `--quiet`. Standard output belongs to the result: whatever a library prints
 while the command runs goes to standard error.
 """
@@ -22,6 +23,8 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
 from importlib import import_module
+from importlib.machinery import PathFinder
+from importlib.util import module_from_spec
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -120,8 +123,9 @@ def guard(title: str, typed: Mapping[str, str], work: Callable[[], int]) -> int:
     """
     try:
         return work()
-    except KeyboardInterrupt:
-        sys.stderr.write(f"\n{title}: interrupted\n")
+    except KeyboardInterrupt as stop:
+        kept = " ".join(str(stop).split()) or "files that are there are whole, and the same command begins anew."
+        sys.stderr.write(f"\n{title}: interrupted; {kept}\n")
         return 130
     except (ValueError, OSError, ImportError) as error:
         if os.environ.get("HF_EFFICIENT_TRACEBACK"):
@@ -190,8 +194,20 @@ def _import_package() -> Any:
 
 
 def _load(name: str) -> Any:
+    """The class of a subcommand, from its file alone: the folder around it would load torch, also for `--help`."""
     module, attribute, _ = _COMMANDS[name]
-    return getattr(import_module(f".{module}", __package__), attribute)
+    full = f"{__package__}.{module}"
+    folder = full.rpartition(".")[0]
+    if folder in sys.modules or full in sys.modules:
+        return getattr(import_module(full), attribute)
+    spec = PathFinder.find_spec(full, [str(Path(__file__).parent.joinpath(*module.split(".")[:-1]))])
+    found = sys.modules[full] = module_from_spec(spec)
+    try:
+        spec.loader.exec_module(found)
+    except BaseException:
+        del sys.modules[full]
+        raise
+    return getattr(found, attribute)
 
 
 def _build_parser(chosen: str | None, command: Any) -> tuple[argparse.ArgumentParser, dict[str, str]]:

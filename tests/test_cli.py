@@ -42,6 +42,7 @@ def toy(monkeypatch):
                 "file": FileNotFoundError("x.png does not exist."),
                 "import": ImportError("timm is missing; pip install timm."),
                 "stop": KeyboardInterrupt(),
+                "stop_with_words": KeyboardInterrupt("step 3\n is kept."),
                 "bug": RuntimeError("a bug"),
                 "named": ValueError("`mode` must be fine, pass `some_rate=True` or `other=True`."),
                 "system": NotADirectoryError(20, "Not a directory", "/a/file/out"),
@@ -171,7 +172,10 @@ def test_a_bug_keeps_its_traceback_and_an_interrupt_ends_quietly(toy, capsys):
     with pytest.raises(RuntimeError, match="a bug"):
         cli.main(["toy", "bug"])
     assert cli.main(["toy", "stop"]) == 130
-    assert capsys.readouterr().err.strip().endswith(": interrupted")
+    said = capsys.readouterr().err.strip()
+    assert said.endswith(": interrupted; files that are there are whole, and the same command begins anew.")
+    assert cli.main(["toy", "stop_with_words"]) == 130
+    assert capsys.readouterr().err == "\nhf-efficient toy: interrupted; step 3 is kept.\n"
 
 
 @pytest.mark.parametrize("option", ["--some-rate", "--some_rate"])
@@ -208,6 +212,25 @@ def test_installed_command_runs():
     assert done.returncode == 2
     assert done.stderr.endswith("is not a folder; name one that save_pretrained() wrote.\n")
     assert "Traceback" not in done.stderr
+
+
+def test_help_loads_no_torch():
+    """As the installed command does it; `push` asks huggingface_hub for its rules, which is quick."""
+    code = """
+import contextlib, io, sys
+sys.argv[0] = "hf-efficient"
+from hf_efficient import cli
+for name in cli._COMMANDS:
+    with contextlib.redirect_stdout(io.StringIO()) as text, contextlib.suppress(SystemExit):
+        cli.main([name, "--help"])
+    heavy = {"torch", "datasets", "transformers.modeling_utils"} & set(sys.modules)
+    if heavy or "--json FILE" not in text.getvalue():
+        sys.exit(f"{name}: {heavy} {text.getvalue()[:200]}")
+sys.exit(cli.main(["prune", "--model", "/no/such", "--dataset", "d", "--output", "out"]))  # loads all the same
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2, done.stderr
+    assert "prune: error: --model /no/such is no folder here" in done.stderr.splitlines()[-1]
 
 
 def test_push_hands_its_options_on(monkeypatch, tmp_path, capsys):

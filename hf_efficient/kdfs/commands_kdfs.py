@@ -6,7 +6,7 @@ import io
 import json
 import os
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,8 @@ class Prune:
     @staticmethod
     def run(arguments: argparse.Namespace) -> dict[str, Any]:
         """Prune, save, and return the report."""
-        return run_prune(arguments)
+        with _when_interrupted(lambda: _say_what_is_kept(arguments)):
+            return run_prune(arguments)
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -87,6 +88,7 @@ SETTINGS = (
     "exclude_layers",
 )
 CONFIG_NAME = "kdfs_config.json"
+SPLIT_FOLDERS = ("train", "training", "test", "testing", "eval", "evaluation", "valid", "validation", "val", "dev")
 NAMED = {  # option -> what it names
     "model": "a folder or a Hub id",
     "dataset": "a file, a folder or a Hub id",
@@ -111,8 +113,7 @@ def run_prune(arguments: argparse.Namespace) -> dict[str, Any]:
     import torch
     from transformers import TrainingArguments
 
-    from .figures_kdfs import format_widths, plot_widths
-    from .pruner_kdfs import KDFSPruner, check_folder, check_no_source, write_report
+    from .pruner_kdfs import KDFSPruner, check_folder, check_no_source
 
     for option, kind in NAMED.items():
         if getattr(arguments, option) is not None and not getattr(arguments, option).strip():
@@ -147,7 +148,7 @@ def run_prune(arguments: argparse.Namespace) -> dict[str, Any]:
         )
     train, test = _load_data(arguments, pruner.processing_class, pruner.model.config)
     args = TrainingArguments(
-        output_dir=f"{os.path.abspath(output)}-training",
+        output_dir=str(_training_folder(arguments)),
         num_train_epochs=arguments.epochs,
         max_steps=arguments.max_steps or -1,
         per_device_train_batch_size=arguments.batch_size,
@@ -168,6 +169,16 @@ def run_prune(arguments: argparse.Namespace) -> dict[str, Any]:
     collator = ImageCollator(augment=not arguments.no_augment)
     with redirect_stdout(io.StringIO()), _name_file(arguments.config, of_file):  # the Trainer prints its logs
         folder = pruner.prune(output, config, train, args=args, data_collator=collator)
+    missing = "its accuracy, picture or ONNX file may be missing; the same command would prune anew."
+    with _when_interrupted(lambda: f"the pruned network is in {folder}, but {missing}"):
+        return _describe(arguments, pruner, folder, test)
+
+
+def _describe(arguments: argparse.Namespace, pruner: Any, folder: Path, test: Any) -> dict[str, Any]:
+    """The report of a pruning that is done, with accuracy, picture and ONNX file."""
+    from .figures_kdfs import format_widths, plot_widths
+    from .pruner_kdfs import write_report
+
     report = dict(pruner.report)
     lines = [format_widths(report)]
     if test is not None:
@@ -189,6 +200,30 @@ def run_prune(arguments: argparse.Namespace) -> dict[str, Any]:
     report["folder"] = str(folder)
     lines.append(f"Wrote {folder}.")
     return {**report, "text": "\n".join(lines)}
+
+
+def _training_folder(arguments: argparse.Namespace) -> Path:
+    return Path(f"{os.path.abspath(arguments.output)}-training")
+
+
+def _say_what_is_kept(arguments: argparse.Namespace) -> str:
+    """From what an interrupted command goes on when it is started again."""
+    from .resuming_kdfs import describe_kept
+
+    folder = _training_folder(arguments)
+    kept = describe_kept(folder)
+    if not kept:
+        return "there was no checkpoint yet (one is written after every epoch), so the same command begins anew."
+    return f"kept in {folder}: {kept}; start the same command with the same options again to go on from there."
+
+
+@contextmanager
+def _when_interrupted(say: Callable[[], str]) -> Iterator[None]:
+    """Give an interruption the sentence that the command shows, unless it has one."""
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        raise KeyboardInterrupt(str(stop) or say()) from stop
 
 
 def _read_config(source: str | None, given: dict[str, Any]) -> tuple[Any, set[str]]:
@@ -306,6 +341,8 @@ def _load_data(arguments: argparse.Namespace, processor: Any, config: Any) -> tu
     label = arguments.label_column or next(
         (name for name in ("labels", "label", "fine_label", "class") if name in features), None
     )
+    if label is None and list(features) == ["image"] and path.is_dir():
+        raise ValueError(_no_classes(arguments.dataset))
     for option, name in (("--image-column", image), ("--label-column", label)):
         if name not in features:
             raise ValueError(
@@ -336,11 +373,34 @@ def _read(path: Path, arguments: argparse.Namespace) -> Any:
 
     if path.is_file():
         return load_dataset("parquet", data_files={arguments.train_split: str(path)})
-    if path.is_dir() and list(path.glob("*.parquet")):
+    if path.is_dir() and not _is_image_folder(path):
         return load_dataset("parquet", data_files={file.stem: str(file) for file in sorted(path.glob("*.parquet"))})
     if path.is_dir():
         return load_dataset("imagefolder", data_dir=str(path))
     return load_dataset(arguments.dataset)
+
+
+def _is_image_folder(path: Path) -> bool:
+    return path.is_dir() and not any(path.glob("*.parquet"))
+
+
+def _no_classes(dataset: str) -> str:
+    """What is wrong with a folder of pictures in which `datasets` found no classes."""
+    from PIL import Image
+
+    endings, classes, stray = Image.registered_extensions(), set(), None
+    for file in sorted(file for file in Path(dataset).rglob("*") if file.suffix.lower() in endings):
+        folders = file.relative_to(dataset).parts[:-1]
+        folders = folders[1:] if folders and folders[0] in SPLIT_FOLDERS else folders
+        classes.update(folders[-1:])
+        stray = stray or (None if folders else file)
+    why = f"{stray} is in no folder of a class" if stray else "their folders lie in folders"
+    why = f"all are in one folder, {min(classes)}" if len(classes) == 1 and not stray else why
+    name = Path(dataset).as_posix()
+    return (
+        f"--dataset {dataset} is a folder of pictures without classes: {why}; put every picture into the folder of "
+        f"its class, of two classes or more, as {name}/train/<class>/*.jpg and {name}/test/<class>/*.jpg."
+    )
 
 
 def _decode(arguments: argparse.Namespace, picture: Any) -> Any:
@@ -373,8 +433,13 @@ def _label_numbers(arguments: argparse.Namespace, rows: Any, column: str, config
             f"--dataset {arguments.dataset} has no classes in `{column}`, but {type(rows[0][column]).__name__}; name "
             "the column of classes with --label-column."
         ) from error
+    if values == {None} and _is_image_folder(Path(arguments.dataset)):
+        raise ValueError(_no_classes(arguments.dataset))
     if None in values:
-        raise ValueError(f"--dataset {arguments.dataset} has a row without a label in `{column}`; leave it out.")
+        raise ValueError(
+            f"--dataset {arguments.dataset}, split {rows.split}, has a row without a label in `{column}`; leave it "
+            "out."
+        )
     names = dict(enumerate(getattr(rows.features[column], "names", None) or ()))
     words = {word: number for number, word in config.id2label.items()}
     if names and set(names.values()) <= set(words):

@@ -21,9 +21,9 @@ from .configuration_kdfs import RULES, KDFSConfig
 from .flops_kdfs import count_flops
 from .masking_kdfs import KDFSMaskedModel
 from .modeling_kdfs_pruned import KDFSPrunedModelForImageClassification
-from .resuming_kdfs import SAMPLED_NAME, Run, write_json
+from .resuming_kdfs import PHASE_WORDS, SAMPLED_NAME, Run, write_json
 from .slicing_kdfs import check_model, host_network, slice_network, write_back
-from .structure_kdfs import read_structure
+from .structure_kdfs import check_convolutions, read_structure
 from .tracing_kdfs import example_input
 from .trainer_kdfs import DistillationTrainer, KDFSTrainer, check_teacher, first_image, name_progress
 
@@ -198,6 +198,7 @@ class KDFSPruner:
     def __init__(
         self, model: PreTrainedModel, teacher: nn.Module | None = None, processing_class: Any | None = None
     ) -> None:
+        check_convolutions(model)
         if teacher is not None:
             check_teacher(teacher, model)
         self.model = model
@@ -229,7 +230,7 @@ class KDFSPruner:
 
         Raises:
             OSError: If there is no such checkpoint.
-            ValueError: If a checkpoint cannot be read or the teacher has other labels.
+            ValueError: If a checkpoint cannot be read, the teacher has other labels, or the network no filters.
         """
         processor = None
         if not isinstance(model, nn.Module):
@@ -240,7 +241,7 @@ class KDFSPruner:
                 logger.info("No image processor beside the model (%s).", error)
         loaded = load_classifier(model, **kwargs)
         others = kwargs
-        if str(teacher) != str(model):
+        if not _is_one_source(teacher, model):
             others = {name: value for name, value in kwargs.items() if name not in OF_ONE_REPOSITORY}
         return cls(loaded, None if teacher is None else load_classifier(teacher, "teacher", **others), processor)
 
@@ -278,9 +279,9 @@ class KDFSPruner:
             `Path`: `save_directory`.
 
         Raises:
-            ValueError: If the target cannot be reached, the network has no convolutions, rows lack labels or are
-                of another data type, the folder cannot be written or holds the network itself, or another run was
-                interrupted in `args.output_dir`.
+            ValueError: If the target cannot be reached, rows lack labels or are of another data type, the teacher
+                does not take their images, the folder cannot be written or holds the network itself, or another run
+                was interrupted in `args.output_dir`.
         """
         if not isinstance(pruning_config, KDFSConfig):
             kind = type(pruning_config).__name__
@@ -320,7 +321,7 @@ class KDFSPruner:
         }
         run = Run(Path(args.output_dir))
         sampler = KDFSTrainer(masked, run.phase_arguments(args, "sampling"), pruning_config, teacher, **common)
-        name_progress(sampler, "choosing filters")
+        name_progress(sampler, PHASE_WORDS[0])
         sampling_steps, tuning_steps = _split_steps(sampler, args, pruning_config.fine_tune_share)
         run.open(self._fingerprint(pruning_config, args, sampling_steps, tuning_steps), sampler)
         self._sample(sampler, masked, run, sampling_steps)
@@ -342,7 +343,7 @@ class KDFSPruner:
                 kd_temperature=pruning_config.kd_temperature,
                 **common,
             )
-            name_progress(tuner, "training the smaller network")
+            name_progress(tuner, PHASE_WORDS[1])
             tuner.train(resume_from_checkpoint=run.last_checkpoint("fine_tuning"))
             self.history += [{"phase": "fine_tuning", **entry} for entry in tuner.state.log_history]
         write_back(masked, pruned)
@@ -471,6 +472,15 @@ class KDFSPruner:
         if self.pruned_model is None:
             raise ValueError("`export_onnx` needs a pruned network, but there is none yet; call `prune` first.")
         return self.pruned_model.export_onnx(save_directory)
+
+
+def _is_one_source(one: Any, other: Any) -> bool:
+    """Whether two names are the same Hub id, or the same folder however it is written."""
+    if not all(isinstance(name, (str, os.PathLike)) for name in (one, other)):
+        return False
+    if os.path.isdir(one) and os.path.isdir(other):
+        return os.path.samefile(one, other)
+    return os.fspath(one) == os.fspath(other)
 
 
 def _fingerprint_of(network: nn.Module) -> float:

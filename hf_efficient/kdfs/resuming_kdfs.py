@@ -23,6 +23,7 @@ RUN_NAME = "kdfs_run.json"
 SAMPLED_NAME = "sampled.safetensors"
 HISTORY_NAME = "sampled_history.json"
 PHASES = ("sampling", "fine_tuning")
+PHASE_WORDS = ("choosing filters", "training the smaller network")
 
 
 class Run:
@@ -142,6 +143,24 @@ def _ends_well(file: Path) -> bool:
     with file.open("rb") as stream:
         stream.seek(max(0, file.stat().st_size - (1 << 16)))
         return b"PK\x05\x06" in stream.read()
+
+
+def describe_kept(folder: str | os.PathLike) -> str:
+    """Say what an interrupted run left to go on from.
+
+    Args:
+        folder (`str` or `os.PathLike`): `args.output_dir` of the run.
+
+    Returns:
+        `str`: Such as "the chosen filters and step 300 of training the smaller network", empty if there is nothing.
+    """
+    folder = Path(folder)
+    if not (folder / RUN_NAME).is_file():
+        return ""
+    sampled = (folder / SAMPLED_NAME).is_file()
+    checkpoint = last_whole_checkpoint(folder / PHASES[int(sampled)])
+    step = f"step {checkpoint.rpartition('-')[2]} of {PHASE_WORDS[int(sampled)]}" if checkpoint else ""
+    return " and ".join(filter(None, ["the chosen filters" if sampled else "", step]))
 
 
 def write_json(path: Path, document: Any) -> None:

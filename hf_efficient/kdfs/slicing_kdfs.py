@@ -1,9 +1,13 @@
 """Cut the masked network down to what the masks keep, and write the smaller network's weights back."""
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import metadata_load
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -63,6 +67,42 @@ def _compose(old: Tensor | None, channels: int, outputs: Tensor) -> Tensor:
     return place[:channels] if old is None else place[old.to(outputs.device)]
 
 
+def base_model_of(model: PreTrainedModel) -> str | None:
+    """The Hub id that the card of a pruned network names as its base.
+
+    Args:
+        model (`PreTrainedModel`): The network before pruning.
+
+    Returns:
+        `str` or `None`: The id that it was loaded from. Of a local folder the base that the folder's own card names,
+        of a pruned network the one it came from.
+    """
+    source = getattr(model, "name_or_path", "") or ""
+    if source and not Path(source).exists() and _is_hub_id(source):
+        return source
+    named = getattr(model.config, "base_model_name_or_path", None)
+    return _base_in_card(Path(source) / "README.md") or named if source else named
+
+
+def _is_hub_id(name: str) -> bool:
+    try:
+        validate_repo_id(name)
+    except HFValidationError:  # a path, of a folder that is gone
+        return False
+    return True
+
+
+def _base_in_card(card: Path) -> str | None:
+    from yaml import YAMLError
+
+    try:
+        named = (metadata_load(card) or {}).get("base_model")
+    except (OSError, ValueError, YAMLError):  # none, or none that can be read
+        return None
+    named = named[0] if isinstance(named, list) and named else named
+    return named if isinstance(named, str) else None
+
+
 def _pruned_config(masked: KDFSMaskedModel, model: PreTrainedModel) -> KDFSPrunedConfig:
     kept = _kept(masked)
     network = masked.network
@@ -90,6 +130,7 @@ def _pruned_config(masked: KDFSMaskedModel, model: PreTrainedModel) -> KDFSPrune
             setattr(config, name, getattr(base_config, name))
     if base_config.model_type == "timm_wrapper" and getattr(config, "pretrained_cfg", None) is not None:
         config.image_processor_type = "TimmWrapperImageProcessor"
+    config.base_model_name_or_path = base_model_of(model)  # as adapters write it; the card is made of it
     config.auto_map = {
         "AutoConfig": "configuration_kdfs_pruned.KDFSPrunedConfig",
         "AutoModel": "modeling_kdfs_pruned.KDFSPrunedModel",

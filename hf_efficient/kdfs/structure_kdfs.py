@@ -426,6 +426,28 @@ def _stages(reader: _Reader) -> dict[str, int]:
     return stages
 
 
+def check_convolutions(model: nn.Module) -> None:
+    """Refuse a network that has no filters to prune.
+
+    Args:
+        model (`nn.Module`): An image classifier.
+
+    Raises:
+        ValueError: If it has no convolutions, or is a vision transformer whose only ones cut the image into patches.
+    """
+    kind = type(model).__name__
+    convs = [module for module in model.modules() if isinstance(module, nn.modules.conv._ConvNd)]
+    if not convs:
+        raise ValueError(f"`model` must contain convolutions, but {kind} has none; KDFS prunes filters of CNNs.")
+    attends = any("attention" in type(module).__name__.lower() for module in model.modules())
+    if attends and all(conv.kernel_size == conv.stride and max(conv.stride) > 1 for conv in convs):
+        raise ValueError(
+            f"`model` must have filters to prune, but {kind} is a vision transformer, whose only convolution cuts the "
+            "image into patches; Token Expansion (`ToECallback`) makes the training of plain ones cheaper, to prune "
+            "take a convolutional network such as a ResNet."
+        )
+
+
 def read_structure(
     model: nn.Module,
     input_shape: tuple[int, ...],
@@ -448,15 +470,11 @@ def read_structure(
         [`NetworkStructure`]: Groups, layers and stages.
 
     Raises:
-        ValueError: If the model has no convolutions, or none that can be pruned.
+        ValueError: If the model has no convolutions, none that can be pruned, or is a vision transformer.
     """
-    names = [name for name, module in model.named_modules() if isinstance(module, nn.modules.conv._ConvNd)]
-    if not names:
-        raise ValueError(
-            f"`model` must contain convolutions, but {type(model).__name__} has none; KDFS prunes filters of CNNs."
-        )
+    check_convolutions(model)
     rules = _Decisions()
-    for name in names:
+    for name in [name for name, module in model.named_modules() if isinstance(module, nn.modules.conv._ConvNd)]:
         if include is not None and not any(re.search(pattern, name) for pattern in include):
             rules.whole[name] = "not named by `include_layers`"
         elif any(re.search(pattern, name) for pattern in exclude or ()):

@@ -51,6 +51,15 @@ def check_teacher(teacher: nn.Module, model: nn.Module) -> None:
         )
 
 
+def _image_size(network: nn.Module) -> tuple[int, int] | None:
+    """Height and width that a configuration names."""
+    config = getattr(network, "config", None)
+    size = getattr(config, "image_size", None)
+    size = size or ((getattr(config, "pretrained_cfg", None) or {}).get("input_size") or (None,))[-2:]
+    size = (size, size) if isinstance(size, int) else tuple(size)
+    return size if len(size) == 2 else None
+
+
 def check_arguments(args: TrainingArguments | None, compute_loss_func: Any | None = None) -> None:
     """Refuse what a [`~transformers.Trainer`] does and these do not.
 
@@ -170,7 +179,13 @@ class DistillationTrainer(PushesNoPickles, Trainer):
         Returns:
             `TrainOutput`: As of [`~transformers.Trainer.train`].
         """
-        output = super().train(*args, **kwargs)
+        try:
+            output = super().train(*args, **kwargs)
+        except BaseException:
+            for callback in self.callback_handler.callbacks:  # else drawn again below the last sentence
+                if getattr(callback, "training_bar", None) is not None:
+                    callback.training_bar.close()
+            raise
         self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)  # its forward would keep the autocast
         return output
 
@@ -272,6 +287,10 @@ class KDFSTrainer(DistillationTrainer):
             image if missing.
         kwargs (`Any`): As of [`~transformers.Trainer`].
 
+    Raises:
+        ValueError: If the teacher has other labels or does not take the model's images, or a setting of `args` is
+            none of KDFS.
+
     Example:
     ```python
     trainer = KDFSTrainer(model, args, KDFSConfig(target_flops_reduction=0.5), teacher, train_dataset=images)
@@ -313,12 +332,46 @@ class KDFSTrainer(DistillationTrainer):
             kd_temperature=self.pruning_config.kd_temperature,
             **kwargs,
         )
+        if teacher is not None:
+            self.check_answer(model)
         self._dense_macs = model.dense_macs
         self._masked_model = model
         self._stages = self.teacher_stages(model.structure) if model.taps.names else []
         self.teacher_taps = FeatureTaps(self.teacher, self._stages) if self._stages else None
         if not self._stages:  # nothing to rebuild: decoders would be parameters without a gradient
             model.drop_decoders()
+
+    @torch.no_grad()
+    def check_answer(self, model: KDFSMaskedModel) -> None:
+        """Refuse a teacher that does not take the model's images or gives other logits, before anything is trained.
+
+        Args:
+            model ([`KDFSMaskedModel`]): The student.
+
+        Raises:
+            ValueError: If the teacher fails on one image, or its answer has another shape than the student's.
+        """
+        shape, kind = tuple(model.structure.input_shape), type(self.teacher).__name__
+        try:
+            with self.accelerator.autocast():  # as in training
+                got = self.teacher_logits(example_input(self.teacher, shape))
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
+            size = _image_size(self.teacher)
+            made = f", made for {size[0]} x {size[1]} pixels," if size not in (None, shape[1:]) else ""
+            raise ValueError(
+                f"`teacher` must take the images that the model is trained on, of the shape {shape}, but {kind}{made} "
+                f"fails on one ({' '.join(str(error).split())[:200].rstrip('.')}); take a teacher that was trained on "
+                "such images or takes any size, or train on images of the teacher's size."
+            ) from error
+        expected = (1, getattr(getattr(model.network, "config", None), "num_labels", None))
+        if expected[1] is not None and tuple(getattr(got, "shape", ())) != expected:
+            answer = tuple(got.shape) if isinstance(got, Tensor) else type(got).__name__
+            raise ValueError(
+                f"`teacher` must answer one image with logits of the shape {expected}, one per label of the model, "
+                f"but {kind} gives {answer}; use an image classifier with the model's labels."
+            )
 
     def teacher_stages(self, structure: NetworkStructure) -> list[str]:
         """Modules of the teacher whose features the decoders rebuild.

@@ -390,7 +390,7 @@ def test_optimum_is_interrupted_like_the_own_command(monkeypatch, capsys):
     def interrupt(arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(commands.Prune, "run", staticmethod(interrupt))
+    monkeypatch.setattr(commands, "run_prune", interrupt)
     monkeypatch.setattr(sys, "argv", ["optimum-cli", "prune", "kdfs"])
     parser = argparse.ArgumentParser()
     plugin.KDFSCommand.parse_args(parser)
@@ -400,9 +400,127 @@ def test_optimum_is_interrupted_like_the_own_command(monkeypatch, capsys):
     with pytest.raises(SystemExit) as ended:
         command.run()
     assert ended.value.code == 130
-    assert capsys.readouterr().err.strip().endswith("optimum-cli prune kdfs: interrupted")
+    said = capsys.readouterr().err.strip()
+    assert "optimum-cli prune kdfs: interrupted; there was no checkpoint yet" in said
     assert "DATASET is a Hub id" in parser.format_help()
     assert "options beside it override it" in " ".join(parser.format_help().split())
+
+
+@pytest.mark.parametrize(
+    ("phase", "step", "kept"),
+    [
+        ("sampling", 1, ""),
+        ("sampling", 2, "step 1 of choosing filters; start"),
+        ("fine_tuning", 1, "the chosen filters; start"),
+        ("fine_tuning", 2, "the chosen filters and step 1 of training the smaller network; start"),
+    ],
+)
+def test_an_interruption_says_what_is_kept_and_how_to_go_on(
+    material, tmp_path, capsys, monkeypatch, phase, step, kept
+):
+    from transformers import Trainer
+
+    train = Trainer.training_step
+
+    def interrupt(trainer, *args, **kwargs):
+        if phase in trainer.args.output_dir and trainer.state.global_step == step - 1:
+            raise KeyboardInterrupt
+        return train(trainer, *args, **kwargs)
+
+    words = ["--target-flops-reduction", "0.4", "--max-steps", "4", "--batch-size", "18"]  # one step is an epoch
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "training_step", interrupt)
+        assert run(material, tmp_path, *words) == 130
+    folder = tmp_path / "out-training"
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    if kept:
+        assert f"interrupted; kept in {folder}: {kept} the same command with the same options again to go on" in said
+    else:
+        assert "interrupted; there was no checkpoint yet (one is written after every epoch), so the same" in said
+    if phase == "fine_tuning" and kept.startswith("the chosen filters;"):
+        assert run(material, tmp_path, *words) == 0
+        assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
+def test_an_interruption_after_the_training_names_the_network(material, tmp_path, capsys, monkeypatch):
+    import hf_efficient.kdfs.commands_kdfs as commands
+
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(commands, "_accuracy", interrupt)
+    assert run(material, tmp_path, "--target-flops-reduction", "0.4") == 130
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert f"interrupted; the pruned network is in {tmp_path / 'out'}, but its accuracy, picture or ONNX" in said
+
+
+def test_a_vision_transformer_is_told_of_token_expansion(material, tmp_path, capsys):
+    from transformers import ViTConfig, ViTForImageClassification
+
+    size = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 16}
+    config = ViTConfig(**size, image_size=16, patch_size=4, num_labels=3)
+    ViTForImageClassification(config).save_pretrained(material[0])
+    assert run(material, tmp_path, "--target-flops-reduction", "0.05") == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "error: --model must have filters to prune, but ViTForImageClassification is a vision transformer" in error
+    assert "Token Expansion (`ToECallback`)" in error
+
+
+@pytest.mark.parametrize(
+    ("moves", "why"),
+    [
+        ({"train/{}/{}.png": "{0}{1}.png"}, "a0.png is in no folder of a class"),
+        ({"train/{}/{}.png": "train/{0}{1}.png"}, "train/a0.png is in no folder of a class"),
+        ({"train/{}/{}.png": "train/one/{0}{1}.png"}, "all are in one folder, one"),
+    ],
+)
+def test_pictures_without_a_folder_per_class(material, tmp_path, capsys, moves, why):
+    folder = tmp_path / "photos"
+    ((pattern, target),) = moves.items()
+    for label in "abc":
+        for index in range(3):
+            file = folder / target.format(label, index)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            (material[1] / pattern.format(label, index)).rename(file)
+    assert run((material[0], folder), tmp_path) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert f"error: --dataset {folder} is a folder of pictures without classes: " in error
+    assert why in error
+    assert error.endswith(f"as {folder}/train/<class>/*.jpg and {folder}/test/<class>/*.jpg.")
+
+
+def test_the_card_of_a_pruned_checkpoint(material, tmp_path, monkeypatch):
+    """Its base is the Hub id that was pruned; a local folder is none, but its own card may name one."""
+    from huggingface_hub import ModelCard
+
+    from hf_efficient import hub
+
+    load, model = AutoModelForImageClassification.from_pretrained, material[0]
+
+    def card(name=None):
+        def from_hub(*args, **kwargs):
+            loaded, info = load(*args, **kwargs)
+            loaded.name_or_path = name or loaded.name_or_path
+            return loaded, info
+
+        with monkeypatch.context() as patch:
+            patch.setattr(AutoModelForImageClassification, "from_pretrained", from_hub)
+            assert run((model, material[1]), tmp_path, "--target-flops-reduction", "0.4", "--max-steps", "1") == 0
+        return ModelCard(hub.render_card(hub._unmeasured(tmp_path / "out", "me/pruned"))).data
+
+    data = card("timm/resnet18.a1_in1k")
+    assert data.base_model == "timm/resnet18.a1_in1k"
+    assert (data.pipeline_tag, data.library_name, data.tags) == (
+        "image-classification",
+        "transformers",
+        ["hf_efficient"],
+    )
+    assert card().base_model is None
+    (model / "README.md").write_text("---\nbase_model:\n- me/dense\n---\n# Fine-tuned\n")
+    assert card().base_model == "me/dense"
+    (tmp_path / "out").rename(tmp_path / "once")
+    model = tmp_path / "once"
+    assert card().base_model == "me/dense"
 
 
 def test_long_common_parts_of_names_stay_out_of_the_picture():

@@ -211,6 +211,22 @@ def test_a_teacher_without_stages_distils_its_logits_alone(arguments, toy_data, 
     assert "reconstruction" not in entry
 
 
+def test_a_teacher_that_does_not_take_the_images_is_refused_before_training(arguments, toy_data):
+    from transformers import ViTConfig, ViTForImageClassification
+
+    size = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 1, "num_hidden_layers": 1}
+    vit = ViTForImageClassification(ViTConfig(**size, image_size=32, patch_size=8, num_labels=4))
+    flat = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 32 * 32, 4))
+    many = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(3, 7))
+    for teacher, message in (
+        (vit, r"shape \(3, 16, 16\), but ViTFor\w+, made for 32 x 32 pixels, fails on one \(.*\); take a teacher"),
+        (flat, r"shape \(3, 16, 16\), but Sequential fails on one \(mat1"),
+        (many, r"logits of the shape \(1, 4\), one per label of the model, but Sequential gives \(1, 7\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            KDFSTrainer(cifar(), arguments(), KDFSConfig(), teacher, train_dataset=toy_data())
+
+
 @pytest.mark.parametrize("family", ["resnet", "cifar_resnet"])
 def test_maps_of_another_size_are_not_rebuilt(arguments, toy_data, caplog, family):
     """A teacher of the same class, or with as many stages, that halves its images elsewhere."""
