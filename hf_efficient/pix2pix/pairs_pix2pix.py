@@ -4,6 +4,7 @@ import copy
 import math
 import os
 from collections.abc import Mapping, Sequence
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,8 @@ class ImagePairs(Dataset):
         rows (`datasets.Dataset` or `Sequence[dict]`): Rows with image columns.
         target_column (`str`): Column of the wanted images.
         source_column (`str`, *optional*): Column of the source images; left out, the target is cartoonized.
-        size (`int`, defaults to 256): Side in pixels that both images are resized to.
+        size (`int`, defaults to 256): Side in pixels that both images are resized to, a multiple of what the generator
+            takes ([`Pix2PixTrainer`] checks it).
         jitter (`int`, defaults to 0): Pixels that both are first enlarged by, then cropped at random (the paper: 30).
         flip (`bool`, defaults to `False`): Mirror half of the pairs at random.
         method (`str`, *optional*): Cartoonizer, for pairs without a source column; `"bilateral"` where left out.
@@ -45,9 +47,9 @@ class ImagePairs(Dataset):
         seed (`int`, defaults to 0): Seed of the augmentation.
 
     Raises:
-        ValueError: If `rows` is a stream or empty, a column is missing, a setting is outside its range,
-            `source_column` and `method` are both given, or, when a row is read, an image is missing or unreadable or
-            its two images have unequal sizes.
+        ValueError: If `rows` is a stream or empty, a column is missing, a setting is outside its range or no whole
+            number, `source_column` and `method` are both given, or, when a row is read, an image is missing or
+            unreadable or its two images have unequal sizes.
     """
 
     def __init__(
@@ -76,10 +78,12 @@ class ImagePairs(Dataset):
         for argument, column in (("target_column", target_column), ("source_column", source_column)):
             if column is not None and column not in names:
                 raise ValueError(f"`{argument}` must be one of the columns {', '.join(names)}, got {column!r}.")
-        if size < 1 or jitter < 0:
-            raise ValueError(f"`size` must be at least 1 and `jitter` at least 0 pixels, got {size} and {jitter}.")
-        if seed < 0:
-            raise ValueError(f"`seed` must be at least 0, got {seed}.")
+        for argument, number, least in (("size", size, 1), ("jitter", jitter, 0), ("seed", seed, 0)):
+            if not _is_whole(number) or number < least:
+                raise ValueError(f"`{argument}` must be a whole number, at least {least}, got {number!r}.")
+        for argument, count in (("num_channels", num_channels), ("num_output_channels", num_output_channels)):
+            if not _is_whole(count) or count not in (1, 3):
+                raise ValueError(f"`{argument}` must be 1 (grey) or 3 (RGB), got {count!r}.")
         if source_column is None:
             method = "bilateral" if method is None else method
         elif method is not None:
@@ -87,11 +91,10 @@ class ImagePairs(Dataset):
                 f"`source_column` and `method` must not both be given, got {source_column!r} and {method!r}: the "
                 "source is either read or drawn by the cartoonizer; leave one of them out."
             )
-        if method not in (*METHODS, None) or strength not in range(MAX_STRENGTH + 1):
-            raise ValueError(
-                f"`method` must be one of {', '.join(METHODS)} and `strength` a whole number from 0 to "
-                f"{MAX_STRENGTH}, got {method!r} and {strength!r}."
-            )
+        if method not in (*METHODS, None):
+            raise ValueError(f"`method` must be one of {', '.join(METHODS)}, got {method!r}.")
+        if not _is_whole(strength) or not 0 <= strength <= MAX_STRENGTH:
+            raise ValueError(f"`strength` must be a whole number from 0 to {MAX_STRENGTH}, got {strength!r}.")
         self.rows, self.target_column, self.source_column = rows, target_column, source_column
         self.size, self.jitter, self.flip, self.seed = size, jitter, flip, seed
         self.epoch = torch.zeros((), dtype=torch.long).share_memory_()  # seen by workers that outlive an epoch
@@ -320,6 +323,11 @@ def _check_shape(path: Path, width: int, height: int, any_shape: bool) -> None:
             f"{path} is {width}x{height} pixels, but two images side by side make a picture {shape}: for photographs "
             f"alone name a cartoonizer (`method`) and read them with PictureFolder{other}."
         )
+
+
+def _is_whole(number: Any) -> bool:
+    """Whether a number is a whole one, also of NumPy; True and 2.0 are none."""
+    return isinstance(number, Integral) and not isinstance(number, bool)
 
 
 def _as_image(value: Any, row: int, column: str) -> Image.Image:

@@ -4,9 +4,10 @@
 robustness on such data. Here every figure comes from torchmetrics; none is our own code.
 """
 
+import contextlib
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
@@ -46,7 +47,8 @@ class RobustnessReport:
     """Result of [`evaluate_robustness`].
 
     Args:
-        rows (`list[dict]`): One for each model, cartoonizer and severity: `model`, `method`, `severity` and figures.
+        rows (`list[dict]`): One for each model, cartoonizer and severity: `model`, `method`, `severity` and figures,
+            `None` where one does not exist.
         images (`int`): Test images behind each row.
         feature_network (`str`, *optional*): Name of the network behind `kid` and `feature_cosine`.
         trained_on (`dict[str, str]`): Model -> cartoonizer it was trained on, where that is known.
@@ -208,6 +210,9 @@ def evaluate_robustness(
 ) -> RobustnessReport:
     """Cartoonize test photographs in every way and strength, translate them back and measure.
 
+    Networks are measured in evaluation mode, on a CPU in float32 where they hold float16, and come back in the mode,
+    format and place that they came in, also where the evaluation breaks off.
+
     Args:
         model ([`Pix2PixModel`], [`ImageToImagePipeline`], path, Hub id, or a dictionary of them): What translates.
             Several by name give the matrix trained-on against tested-on.
@@ -222,7 +227,8 @@ def evaluate_robustness(
         extra_metrics (`Mapping[str, torchmetrics.Metric]`, *optional*): More figures where their weights are at hand,
             such as `LearnedPerceptualImagePatchSimilarity(normalize=True)` or
             `FrechetInceptionDistance(normalize=True)`. They get images in `[0, 1]`.
-        trained_on (`Mapping[str, str]`, *optional*): Model -> cartoonizer it was trained on, for the report.
+        trained_on (`Mapping[str, str]`, *optional*): Model -> cartoonizer it was trained on, for the report; the name
+            of a single model is `"model"`.
         batch_size (`int`, defaults to 8): Images translated at a time.
         num_samples (`int`, defaults to 4): Photographs on each sample sheet.
         limit (`int`, *optional*): Use only the first photographs.
@@ -230,11 +236,11 @@ def evaluate_robustness(
 
     Returns:
         [`RobustnessReport`]: Figures of every model and of the cartoon itself, means over the photographs where a
-        figure exists: identical images have no PSNR.
+        figure exists: identical images have no PSNR. A figure that is not finite is `None`, in JSON `null`.
 
     Raises:
-        ValueError: If there is no photograph or one is too small or unreadable, a method, severity or column is
-            unknown, `limit` or `batch_size` is below 1, or a model changes the size of its input.
+        ValueError: If there is no photograph or one is too small or unreadable, a method, severity, column or name in
+            `trained_on` is unknown, `limit` or `batch_size` is below 1, or a model changes the size of its input.
         FileNotFoundError: If `dataset` is the path of no folder, or of one without pictures.
         ImportError: If torchmetrics, or timm for `features` by file, is missing.
     """
@@ -245,30 +251,32 @@ def evaluate_robustness(
     for argument, value in (("batch_size", batch_size), ("limit", limit)):
         if value is not None and value < 1:
             raise ValueError(f"`{argument}` must be at least 1, got {value}.")
-    name, network = _feature_network(features)  # a wrong file shows before the photographs are read
-    if isinstance(dataset, (str, os.PathLike)):
-        dataset, image_column = PictureFolder(dataset), "image"
-    photos = _read_photos(dataset, image_column, limit)
-    pipes = _make_pipes(model)
-    meter = _Meter(photos, network, dict(extra_metrics or {}), batch_size, seed)
-    report = RobustnessReport([], len(photos), name, dict(trained_on or {}))
-    grid = [(method, severity) for method in methods for severity in severities]
-    columns: dict[str, list[list[Image.Image]]] = {}
-    progress = logging.tqdm(total=len(grid) * (len(pipes) + 1), desc="Robustness")
-    for method, severity in grid:
-        cartoons = [cartoonize(photo, method=method, strength=severity) for photo in photos]
-        outputs = {IDENTITY: cartoons}
-        progress.update()
-        for label, pipe in pipes.items():
-            outputs[label] = pipe(cartoons, batch_size=batch_size)
-            _check_sizes(label, outputs[label], photos)
+    _check_trained_on(trained_on, model)
+    with _given_back([*(model.values() if isinstance(model, Mapping) else [model]), features]):
+        name, network = _feature_network(features)  # a wrong file shows before the photographs are read
+        if isinstance(dataset, (str, os.PathLike)):
+            dataset, image_column = PictureFolder(dataset), "image"
+        photos = _read_photos(dataset, image_column, limit)
+        pipes = _make_pipes(model)
+        meter = _Meter(photos, network, dict(extra_metrics or {}), batch_size, seed)
+        report = RobustnessReport([], len(photos), name, dict(trained_on or {}))
+        grid = [(method, severity) for method in methods for severity in severities]
+        columns: dict[str, list[list[Image.Image]]] = {}
+        progress = logging.tqdm(total=len(grid) * (len(pipes) + 1), desc="Robustness")
+        for method, severity in grid:
+            cartoons = [cartoonize(photo, method=method, strength=severity) for photo in photos]
+            outputs = {IDENTITY: cartoons}
             progress.update()
-        for label, images in outputs.items():
-            report.rows.append({"model": label, "method": method, "severity": severity, **meter(images)})
-            columns.setdefault((method, label), []).append(images[:num_samples])
-    progress.close()
-    order = list(outputs)
-    report.rows.sort(key=lambda row: order.index(row["model"]))
+            for label, pipe in pipes.items():
+                outputs[label] = pipe(cartoons, batch_size=batch_size)
+                _check_sizes(label, outputs[label], photos)
+                progress.update()
+            for label, images in outputs.items():
+                report.rows.append({"model": label, "method": method, "severity": severity, **meter(images)})
+                columns.setdefault((method, label), []).append(images[:num_samples])
+        progress.close()
+        order = list(outputs)
+        report.rows.sort(key=lambda row: order.index(row["model"]))
     report.samples = _sample_sheets(columns, photos[:num_samples], severities)
     return report
 
@@ -288,6 +296,36 @@ def check_grid(methods: Sequence[str] = METHODS, severities: Sequence[int] = (0,
         raise ValueError(f"`methods` must name some of {', '.join(METHODS)}, got {list(methods)}.")
     if not severities or any(severity not in range(MAX_STRENGTH + 1) for severity in severities):
         raise ValueError(f"`severities` must be whole numbers from 0 to {MAX_STRENGTH}, got {list(severities)}.")
+
+
+def _check_trained_on(trained_on: Any, model: Any) -> None:
+    if trained_on is None:
+        return
+    if not isinstance(trained_on, Mapping):
+        raise ValueError(f"`trained_on` must map names of models to cartoonizers, got {trained_on!r}.")
+    names = list(model) if isinstance(model, Mapping) else ["model"]
+    for name, method in trained_on.items():
+        if name not in names:
+            raise ValueError(f"`trained_on` must name models among {', '.join(map(str, names))}, got {name!r}.")
+        if method not in METHODS:
+            raise ValueError(f"`trained_on` must name cartoonizers among {', '.join(METHODS)}, got {method!r}.")
+
+
+@contextlib.contextmanager
+def _given_back(given: Iterable[Any]) -> Iterator[None]:
+    """Give networks, also those of pipelines, back in the mode and with the very tensors that they came with."""
+    networks = [one.model if isinstance(one, ImageToImagePipeline) else one for one in given]
+    modules = [part for one in networks if isinstance(one, nn.Module) for part in one.modules()]
+    parts = {module: (module.training, dict(module._buffers)) for module in modules}
+    weights = [(parameter, parameter.data) for module in parts for parameter in module.parameters(recurse=False)]
+    try:
+        yield
+    finally:
+        for module, (training, buffers) in parts.items():
+            module.training = training
+            module._buffers.update(buffers)
+        for parameter, data in weights:
+            parameter.data = data
 
 
 def _check_sizes(label: str, images: list[Image.Image], photos: list[Image.Image]) -> None:
@@ -335,6 +373,7 @@ def _make_pipes(model: Any) -> dict[str, ImageToImagePipeline]:
         if name == IDENTITY:
             raise ValueError(f"`model` must not be named {IDENTITY!r}, which is the baseline; choose another name.")
         if isinstance(one, ImageToImagePipeline):
+            one.model.eval()  # it may have been trained on since the pipeline was built
             pipes[name] = one
         elif isinstance(one, (str, os.PathLike)):
             pipes[name] = import_module("transformers").pipeline("image-to-image", model=str(one))
@@ -444,7 +483,7 @@ class _Meter:
             figures |= self._feature_figures(self._features(outputs))
         for name, metric in self.extra.items():
             figures[name] = self._extra_figure(metric, outputs)
-        return figures
+        return {name: value if value is None or math.isfinite(value) else None for name, value in figures.items()}
 
     @torch.no_grad()
     def _features(self, images: list[Tensor]) -> Tensor | None:

@@ -18,6 +18,9 @@ from transformers import Pipeline
 from .image_processing_pix2pix import Pix2PixImageProcessor, to_rgb
 
 
+_BYTES = (bytes, bytearray, memoryview)
+
+
 class ImageToImageError(ValueError):
     """Some inputs of a call could not be read; the others were translated.
 
@@ -105,8 +108,9 @@ class ImageToImagePipeline(Pipeline):
 
         Args:
             inputs (`str`, `Path`, `PIL.Image.Image`, `np.ndarray`, `torch.Tensor` or a collection of them): Paths,
-                URLs, base64 strings, images of any mode, arrays, `{"bytes": ..., "path": ...}` records; lists, tuples,
-                4-axis arrays, columns of a `datasets` data set, generators and `torch` data sets of them.
+                URLs, base64 strings, bytes, files opened in binary mode (such as `io.BytesIO`), images of any mode,
+                arrays, `{"bytes": ..., "path": ...}` records; lists, tuples, 4-axis arrays, columns of a `datasets`
+                data set, generators and `torch` data sets of them.
             **kwargs: `batch_size` and `num_workers` as in every pipeline, `timeout` in seconds for URLs.
 
         Returns:
@@ -221,8 +225,8 @@ def _flatten(rows: list[Any]) -> list[Any]:
 
 def _is_single(inputs: Any) -> bool:
     """Whether `inputs` is one image, or nothing that could hold images: reading it says what is wrong."""
-    single = isinstance(inputs, (str, bytes, Path, Image.Image, np.ndarray, torch.Tensor, dict))
-    return single or not (hasattr(inputs, "__iter__") or hasattr(inputs, "__getitem__"))
+    single = isinstance(inputs, (str, *_BYTES, Path, Image.Image, np.ndarray, torch.Tensor, dict))
+    return single or hasattr(inputs, "read") or not (hasattr(inputs, "__iter__") or hasattr(inputs, "__getitem__"))
 
 
 def _refuse_table(inputs: Any) -> None:
@@ -256,7 +260,7 @@ def _read(image: Any, timeout: float | None) -> tuple[Any, tuple[int, int]]:
     """Open one input.
 
     Args:
-        image: Path, URL, base64 string, image, array or `{"bytes": ..., "path": ...}`.
+        image: Path, URL, base64 string, bytes, binary file, image, array or `{"bytes": ..., "path": ...}`.
         timeout (`float`, *optional*): Seconds to wait for a URL.
 
     Returns:
@@ -266,13 +270,17 @@ def _read(image: Any, timeout: float | None) -> tuple[Any, tuple[int, int]]:
         image = image["bytes"] if image.get("bytes") is not None else image.get("path")
     if isinstance(image, (str, Path)):
         image = _open(image, timeout)
-    elif isinstance(image, bytes):
+    elif isinstance(image, _BYTES):
         image = Image.open(io.BytesIO(image))
+    elif isinstance(image, io.TextIOBase):
+        raise TypeError("a file must be opened in binary mode")
+    elif hasattr(image, "read"):
+        image = Image.open(image)
     if isinstance(image, Image.Image):
         image = ImageOps.exif_transpose(image)
         return image, (image.height, image.width)
     if not isinstance(image, (np.ndarray, torch.Tensor)):
-        raise TypeError("an image must be a path, URL, base64 string, PIL image or array")
+        raise TypeError("an image must be a path, URL, base64 string, bytes, binary file, PIL image or array")
     array = Pix2PixImageProcessor().process_image(image)
     return image, array.shape[1:]
 

@@ -46,7 +46,7 @@ def test_wrong_arguments_are_one_sentence_and_exit_code_2(cartoon, tmp_path, cap
         (["--gan-loss", "wgan"], "--gan-loss must be one of vanilla"),
         (["--lambda-l1", "-1"], "--lambda-l1 must be at least 0, got -1.0"),
         (["--ema-decay", "1"], "--ema-decay must lie in [0, 1), got 1.0"),
-        (["--strength", "9"], "--strength a whole number from 0 to 5, got 'bilateral' and 9"),
+        (["--strength", "9"], "--strength must be a whole number from 0 to 5, got 9"),
         (["--severities", "9"], "--severities must be whole numbers from 0 to 5, got [9]"),
         (["--epochs", "0"], "--epochs must be at least 1, got 0"),
         (["--processes", "0"], "--processes must be at least 1, got 0"),

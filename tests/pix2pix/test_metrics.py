@@ -1,10 +1,15 @@
 """The `evaluate` modules load by path and equal torchmetrics."""
 
+import json
+
 import evaluate
 import numpy as np
 import pytest
 import torch
 import torchmetrics.functional.image as functional
+from transformers import EvalPrediction
+
+from hf_efficient.pix2pix.metrics_pix2pix import ImageMetrics
 
 
 @pytest.fixture
@@ -31,6 +36,28 @@ def test_the_modules_equal_torchmetrics(repository, images, name, function):
     assert metric.compute()[name] == pytest.approx(expected, abs=1e-5)
     with pytest.raises(ValueError, match=r"Pair 0 must have one size, got \(16, 16\) and \(24, 20\) pixels"):
         metric.compute(predictions=[images[0][0]], references=[images[1][1]])
+
+
+def test_identical_images_have_no_psnr(repository, images):
+    """Infinity is no JSON, and would be the mean whatever the other pairs are: as in `evaluate_robustness`."""
+    metric = evaluate.load(str(repository / "hf_efficient" / "metrics" / "psnr"))
+    expected = metric.compute(predictions=images[0], references=images[1])["psnr"]
+    same = images[0][0]
+    mixed = metric.compute(predictions=[*images[0], same], references=[*images[1], same])
+    assert mixed["psnr"] == pytest.approx(expected)
+    alone = metric.compute(predictions=[same], references=[same])
+    assert json.dumps(alone, allow_nan=False) == '{"psnr": null}'
+
+
+def test_an_evaluation_counts_an_image_without_error_as_100_decibels():
+    """A model that gets one image exactly right must not fall behind one that nearly does, or become infinite."""
+    label = torch.zeros(3, 3, 16, 16)
+    output = label + torch.tensor([0.0, 1e-6, 0.2]).view(3, 1, 1, 1)
+    metrics = ImageMetrics()
+    assert metrics(EvalPrediction(output[:2].numpy(), label[:2].numpy()), compute_result=False) == {}
+    result = metrics(EvalPrediction(output[2:].numpy(), label[2:].numpy()))
+    assert result["psnr"] == pytest.approx((100 + 100 + 20) / 3, abs=1e-4)  # the error 0.2 of a range of 2
+    assert json.dumps(result, allow_nan=False)
 
 
 def test_images_smaller_than_the_window_of_ssim_are_named(repository, picture):

@@ -189,9 +189,9 @@ def test_wrong_pairs_are_named(tmp_path, picture):
         ImagePairs([], "a")
     with pytest.raises(ValueError, match="a data set that knows its length, got IterableDataset: load it without"):
         ImagePairs(table.to_iterable_dataset(), "a")
-    with pytest.raises(ValueError, match="got 'sketch' and 3"):
+    with pytest.raises(ValueError, match=r"`method` .*, got 'sketch'\."):
         ImagePairs(rows, "a", method="sketch")
-    with pytest.raises(ValueError, match="got 0 and 0"):
+    with pytest.raises(ValueError, match="`size` must be a whole number, at least 1, got 0"):
         ImagePairs(rows, "a", size=0)
     with pytest.raises(FileNotFoundError, match="holds no picture"):
         SideBySideFolder(tmp_path)
@@ -257,5 +257,41 @@ def test_a_folder_can_be_sliced_and_rows_are_counted_from_the_end(picture_folder
     assert torch.equal(pairs[-1]["labels"], pairs[2]["labels"])
     with pytest.raises(IndexError):
         pairs[3]
-    with pytest.raises(ValueError, match="`seed` must be at least 0, got -1"):
+    with pytest.raises(ValueError, match="`seed` must be a whole number, at least 0, got -1"):
         ImagePairs(folder, "image", size=8, seed=-1)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "least"),
+    [
+        ("size", 32.0, 1),
+        ("size", True, 1),
+        ("size", "32", 1),
+        ("size", (32, 32), 1),
+        ("size", -32, 1),
+        ("jitter", 2.0, 0),
+        ("jitter", False, 0),
+        ("jitter", -1, 0),
+        ("seed", 0.5, 0),
+        ("seed", -1, 0),
+        ("strength", True, 0),
+        ("strength", 3.0, 0),
+        ("strength", 6, 0),
+        ("num_channels", 2, 1),
+        ("num_output_channels", True, 1),
+    ],
+)
+def test_a_number_that_is_none_of_its_kind_is_refused_at_once(picture, name, value, least):
+    rule = {
+        "strength": "a whole number from 0 to 5",
+        "num_channels": r"1 \(grey\) or 3 \(RGB\)",
+        "num_output_channels": r"1 \(grey\) or 3 \(RGB\)",
+    }.get(name, f"a whole number, at least {least}")
+    with pytest.raises(ValueError, match=rf"^`{name}` must be {rule}, got {re.escape(repr(value))}"):
+        ImagePairs([{"photo": picture(32, 32)}], "photo", **{name: value})
+
+
+def test_whole_numbers_may_be_of_numpy(picture):
+    numbers = {"size": np.int64(32), "jitter": np.int32(2), "seed": np.uint8(1), "strength": np.int64(2)}
+    pair = ImagePairs([{"photo": picture(40, 40)}], "photo", **numbers)[0]
+    assert pair["labels"].shape == (3, 32, 32)

@@ -1,6 +1,7 @@
 """One image, lists, columns, generators, URLs and batches of unequal sizes; one broken file stops nothing."""
 
 import base64
+import io
 import threading
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -59,7 +60,8 @@ def test_every_way_to_name_one_image(pipe, picture_folder, expected):
     array = np.asarray(Image.open(path))
     kinds = [str(path), path, Image.open(path), array, torch.from_numpy(array.copy()), data, encoded]
     kinds += [f"data:image/png;base64,{encoded}", {"bytes": data, "path": None}, {"bytes": None, "path": str(path)}]
-    kinds += [array.transpose(2, 0, 1), array / 255]
+    kinds += [array.transpose(2, 0, 1), array / 255, io.BytesIO(data), path.open("rb"), bytearray(data)]
+    kinds += [memoryview(data)]
     for kind in kinds:
         answer = pipe(kind)
         assert isinstance(answer, Image.Image)
@@ -102,7 +104,8 @@ def test_transparent_pixels_are_laid_over_white(pipe, picture):
 def test_lists_columns_and_streams_of_unequal_sizes(pipe, picture_folder, expected, batch_size):
     paths = [str(path) for path in sorted(picture_folder.iterdir())]
     table = datasets.Dataset.from_dict({"image": paths}).cast_column("image", datasets.Image())
-    for collection in (paths, tuple(paths), table["image"], [Image.open(path) for path in paths]):
+    opened = [[Image.open(path) for path in paths], [io.BytesIO(Path(path).read_bytes()) for path in paths]]
+    for collection in (paths, tuple(paths), table["image"], *opened):
         answers = pipe(collection, batch_size=batch_size)
         assert isinstance(answers, list)
         same(answers, expected)
@@ -173,6 +176,13 @@ def test_a_broken_file_does_not_stop_the_batch(pipe, picture_folder, expected, b
             pipe(kind)
     with pytest.raises(ImageToImageError, match=r"^The input could not be translated \(bytes: no picture\)\.$"):
         pipe(b"no image")
+    for file in (io.BytesIO(b"no image"), bytearray(b"no image")):
+        with pytest.raises(ImageToImageError, match=rf"\({type(file).__name__}: no picture\)\.$"):
+            pipe(file)
+    with pytest.raises(ImageToImageError, match=r"\(StringIO: a file must be opened in binary mode\)\.$"):
+        pipe(io.StringIO("no image"))
+    with pytest.raises(ImageToImageError, match=r"Is a directory"):
+        pipe(picture_folder)
     with pytest.raises(ImageToImageError, match=r"\([^(]*cut\.png: no readable picture: image file is truncated"):
         pipe(str(cut))
     with pytest.raises(ImageToImageError, match=r"\(nowhere\.png: No such file or directory\)"):

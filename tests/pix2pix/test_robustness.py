@@ -15,7 +15,7 @@ import torchmetrics
 from PIL import Image
 from torch import nn
 
-from hf_efficient import Pix2PixConfig, Pix2PixModel, cartoonize, evaluate_robustness
+from hf_efficient import ImageToImagePipeline, Pix2PixConfig, Pix2PixModel, cartoonize, evaluate_robustness
 from hf_efficient.pix2pix.report_pix2pix import plot_title
 from hf_efficient.pix2pix.robustness_pix2pix import IDENTITY, RobustnessReport
 
@@ -318,3 +318,95 @@ def test_the_baseline_keeps_its_name_and_every_sheet_its_file(tiny_model, pictur
     report.save(tmp_path)
     names = [file.name.lower() for file in tmp_path.glob("samples*.png")]
     assert len(report.samples) == 3 == len(set(names))
+
+
+def state(network: nn.Module) -> dict:
+    """Mode of every module, and format, device and values of every tensor."""
+    tensors = {name: (value.dtype, value.device, value.clone()) for name, value in network.state_dict().items()}
+    return {"modes": [module.training for module in network.modules()], "tensors": tensors}
+
+
+@pytest.mark.parametrize("breaks", [False, True])
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_networks_come_back_as_they_were(picture, breaks, wrapped):
+    """Half precision, training mode, one layer in evaluation mode: also where a photograph cannot be measured."""
+    torch.manual_seed(0)
+    model = Pix2PixModel(Pix2PixConfig(num_levels=2, base_channels=2, image_size=16, norm="batch")).train()
+    model.network.down_norm[1].eval()
+    features = nn.Sequential(Colours(), nn.BatchNorm1d(6)).train()
+    if wrapped:  # a pipeline on a CPU turns half precision to float32 itself, when it is built
+        given = ImageToImagePipeline(model=model, device="cpu")
+        model.train()
+    else:
+        given = model.half()
+    identities = [id(value) for value in (*model.parameters(), *model.buffers())]
+    before = [state(network) for network in (model, features)]
+
+    def broken(*args):
+        raise ValueError("broken off")
+
+    settings = {"methods": ["palette"], "severities": (0, 3), "features": features}
+    photos = [picture(16, 16), picture(20, 20)]
+    if breaks:
+        model.network.down[1].register_forward_pre_hook(broken)
+        with pytest.raises(ValueError, match="broken off"):
+            evaluate_robustness({"small": given}, photos, **settings)
+    else:
+        evaluate_robustness({"small": given}, photos, **settings)
+    for network, old in zip((model, features), before):
+        new = state(network)
+        assert new["modes"] == old["modes"]
+        assert new["tensors"].keys() == old["tensors"].keys()
+        for name, (dtype, device, value) in old["tensors"].items():
+            assert new["tensors"][name][:2] == (dtype, device), name
+            assert torch.equal(new["tensors"][name][2], value), name
+    assert [id(value) for value in (*model.parameters(), *model.buffers())] == identities
+
+
+def test_a_pipeline_whose_model_was_trained_on_is_measured_in_evaluation_mode(picture):
+    torch.manual_seed(0)
+    config = Pix2PixConfig(num_levels=6, base_channels=2, image_size=64, norm="batch", dropout=0.5)
+    pipe = ImageToImagePipeline(model=Pix2PixModel(config), device="cpu")
+    photos, settings = [picture(64, 64)], {"methods": ["palette"], "severities": (3,)}
+    expected = evaluate_robustness(pipe, photos, **settings).rows
+    pipe.model.train()
+    assert evaluate_robustness(pipe, photos, **settings).rows == expected
+    assert pipe.model.training
+
+
+@pytest.mark.parametrize(
+    ("trained_on", "message"),
+    [
+        ("palette", "`trained_on` must map names of models to cartoonizers, got 'palette'"),
+        ({"large": "palette"}, "`trained_on` must name models among small, echo, got 'large'"),
+        (
+            {"small": "sketch"},
+            "`trained_on` must name cartoonizers among bilateral, palette, mean_shift, got 'sketch'",
+        ),
+        ({"small": ["palette"]}, r"cartoonizers among bilateral, .*, got \['palette'\]"),
+    ],
+)
+def test_what_a_model_was_trained_on_is_checked_before_it_is_measured(tiny_model, photos, trained_on, message):
+    with pytest.raises(ValueError, match=message):
+        evaluate_robustness({"small": tiny_model, "echo": tiny_model}, photos, trained_on=trained_on)
+
+
+def test_a_figure_that_is_no_number_is_none_in_the_json(tiny_model, picture, tmp_path):
+    """The PSNR of torchmetrics is infinite for the photograph itself, and dead features have no angle."""
+
+    class Dead(nn.Module):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return torch.zeros(len(images), 2)
+
+    extra = {"peak": torchmetrics.image.PeakSignalNoiseRatio(data_range=1.0)}
+    settings = {"severities": (0, 3), "methods": ["palette"], "features": Dead(), "extra_metrics": extra}
+    report = evaluate_robustness(tiny_model, [picture(16, 16), picture(20, 20)], **settings)
+    assert report.curve(IDENTITY, "palette", "peak").keys() == {3}
+    report.save(tmp_path)
+
+    def refuse(constant):
+        raise AssertionError(f"{constant} is no JSON")
+
+    data = json.loads((tmp_path / "robustness.json").read_text(), parse_constant=refuse)
+    assert data["rows"][0]["peak"] is None
+    assert str(report).splitlines()[1].split()[-1] == "undefined"

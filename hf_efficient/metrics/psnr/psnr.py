@@ -1,5 +1,6 @@
 """Peak signal-to-noise ratio of images, as an `evaluate` module: `evaluate.load("hf_efficient/metrics/psnr")`."""
 
+import math
 from typing import Any
 
 import datasets
@@ -9,17 +10,17 @@ import torch
 
 
 class Psnr(evaluate.Metric):
-    """Mean peak signal-to-noise ratio over pairs of images of equal size, from torchmetrics."""
+    """Mean peak signal-to-noise ratio over pairs of images of equal size that differ, from torchmetrics."""
 
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(
-            description="Mean peak signal-to-noise ratio of pairs of images in decibels (higher is better).",
+            description="Mean peak signal-to-noise ratio in decibels of pairs of images that differ (higher: better).",
             citation="https://en.wikipedia.org/wiki/Peak_signal-to-noise_ratio",
             inputs_description="predictions, references: images of equal size.",
             features=datasets.Features({"predictions": datasets.Image(), "references": datasets.Image()}),
         )
 
-    def _compute(self, predictions: list[Any], references: list[Any]) -> dict[str, float]:
+    def _compute(self, predictions: list[Any], references: list[Any]) -> dict[str, float | None]:
         """Measure each pair and average.
 
         Args:
@@ -27,8 +28,8 @@ class Psnr(evaluate.Metric):
             references (`list[PIL.Image.Image]`): What they should be.
 
         Returns:
-            `dict[str, float]`: `psnr` in decibels; infinite where a pair is identical (`evaluate_robustness` leaves
-            such pairs out).
+            `dict[str, float | None]`: `psnr` in decibels, the mean over the pairs that differ, as in
+            `evaluate_robustness`: that of identical images is infinite, which JSON has not. `None` where all are.
 
         Raises:
             ValueError: If a pair has unequal sizes.
@@ -49,4 +50,5 @@ class Psnr(evaluate.Metric):
                 sizes = f"{prediction.size} and {reference.size}"
                 raise ValueError(f"Pair {number} must have one size, got {sizes} pixels.")
             values.append(float(peak_signal_noise_ratio(*pair, data_range=1.0)))
-        return {"psnr": float(np.mean(values))}
+        finite = [value for value in values if math.isfinite(value)]
+        return {"psnr": float(np.mean(finite)) if finite else None}
