@@ -1,7 +1,7 @@
 """Where ToE sits in a model: find the encoder, count prefix and suffix rows, hook in and out. No equation in here."""
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from numbers import Real
@@ -10,10 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
 from .configuration_toe import ToEConfig
 from .expansion_toe import TokenExpansion
 
+
+logger = logging.get_logger(__name__)
 
 # vision encoders that a shorter token set passes through: no layer of theirs knows where a token stood
 SUPPORTED = (
@@ -55,6 +58,7 @@ class EncoderSite:
         num_prefix_tokens (`int`): Rows before the patches (class, distillation and register tokens).
         num_suffix_tokens (`int`): Rows behind the patches (detection tokens).
         middle_positions (`nn.Module`, *optional*): YOLOS: gives the position rows that are added behind each layer.
+        timm_wrapper (`nn.Module`, *optional*): timm: the model of transformers around it.
     """
 
     name: str
@@ -63,13 +67,15 @@ class EncoderSite:
     num_prefix_tokens: int
     num_suffix_tokens: int = 0
     middle_positions: nn.Module | None = None
+    timm_wrapper: nn.Module | None = None
 
 
 def find_encoder(model: nn.Module) -> EncoderSite:
     """Find the vision encoder of a model, also inside PEFT, DDP or a compiled module.
 
     Args:
-        model (`nn.Module`): Any module that holds exactly one supported model.
+        model (`nn.Module`): Any module that holds exactly one supported model; text encoders and the like beside it
+            do not count.
 
     Returns:
         `EncoderSite`
@@ -85,18 +91,38 @@ def find_encoder(model: nn.Module) -> EncoderSite:
             f"`model` must hold a vision transformer, but {type(model).__name__} has no encoder layers ToE knows; "
             f"supported are {', '.join(SUPPORTED)}."
         )
-    if len(hosts) > 1:
-        names = ", ".join(type(host).__name__ for host in hosts)
-        raise ValueError(
-            f"`model` must hold one vision transformer, but has {len(hosts)} ({names}); pass one of them."
-        )
-    host = hosts[0]
+    host = hosts[0] if len(hosts) == 1 else _only_tower(hosts)
     if not isinstance(host, PreTrainedModel):
         return _timm_site(host, type(host).__name__)
     _refuse_unfit(host)
     if host.config.model_type == "timm_wrapper":
-        return _timm_site(host.timm_model, type(host).__name__)
+        return _timm_site(host.timm_model, type(host).__name__, wrapper=host)
     return _transformers_site(host)
+
+
+def _only_tower(hosts: list[nn.Module]) -> nn.Module:
+    """The vision transformer among several models; of those that are none, one that can be refused with a reason."""
+    towers = [host for host in hosts if any(_is_tower(module) for module in host.modules())]
+    if len(towers) > 1:
+        names = ", ".join(type(tower).__name__ for tower in towers)
+        raise ValueError(
+            f"`model` must hold one vision transformer, but has {len(towers)} ({names}); pass one of them."
+        )
+    if not towers:
+        towers = [host for host in hosts if isinstance(host, PreTrainedModel) and host.config.model_type in _REFUSED]
+    if not towers:
+        names = ", ".join(type(host).__name__ for host in hosts)
+        raise ValueError(
+            f"`model` must hold a vision transformer, but has none among {names}; supported are "
+            f"{', '.join(SUPPORTED)}."
+        )
+    return towers[0]
+
+
+def _is_tower(module: nn.Module) -> bool:
+    if not isinstance(module, PreTrainedModel) or module.config.model_type == "timm_wrapper":
+        return _is_timm_vit(module)  # of a wrapper, the timm model in it
+    return module.config.model_type in SUPPORTED
 
 
 def _outermost_hosts(model: nn.Module) -> Iterator[nn.Module]:
@@ -118,7 +144,9 @@ def _refuse_unfit(host: PreTrainedModel) -> None:
     name, model_type = type(host).__name__, host.config.model_type
     if model_type in _REFUSED:
         raise ValueError(f"ToE cannot train {name}: {_REFUSED[model_type]}; use a plain vision transformer.")
-    if any(part in name for part in ("MaskedImageModeling", "SemanticSegmentation", "DepthEstimation", "Backbone")):
+    heads = "MaskedImageModeling", "SemanticSegmentation", "DepthEstimation", "Backbone"
+    hosts = [base.__name__ for base in type(host).__mro__ if base.__module__.startswith("transformers.")]
+    if any(head in base for head in heads for base in hosts):  # a class of one's own may have any name
         raise ValueError(
             f"ToE cannot train {name}: its head reads every patch, and merged ones have no row any more; train with a "
             "classification or detection head, or call `TokenExpansion` and `restore_tokens` yourself."
@@ -170,15 +198,37 @@ def _transformers_site(host: PreTrainedModel) -> EncoderSite:
     )
 
 
-def _timm_site(vit: nn.Module, name: str) -> EncoderSite:
+def _timm_site(vit: nn.Module, name: str, wrapper: nn.Module | None = None) -> EncoderSite:
     if not _is_timm_vit(vit):
         raise ValueError(
             f"ToE trains timm's `VisionTransformer` family only, because other timm models tie their layers to a full "
             f"grid of tokens; got {type(vit).__name__} in {name}."
         )
     return EncoderSite(
-        name=name, layers=vit.blocks, embeddings=vit.patch_embed, num_prefix_tokens=vit.num_prefix_tokens
+        name=name,
+        layers=vit.blocks,
+        embeddings=vit.patch_embed,
+        num_prefix_tokens=vit.num_prefix_tokens,
+        timm_wrapper=wrapper,
     )
+
+
+class _Hook:
+    """A method of an attachment as a hook of a module; copied or pickled with that module, it does nothing any more.
+
+    Args:
+        method (`Callable`, *optional*): The bound method; none for a copy.
+    """
+
+    def __init__(self, method: Callable[..., Any] | None = None) -> None:
+        self.method = method
+        self.__self__ = getattr(method, "__self__", None)  # the attachment, as of a bound method
+
+    def __call__(self, *args: Any) -> Any:
+        return None if self.method is None else self.method(*args)
+
+    def __reduce__(self) -> tuple:
+        return _Hook, ()
 
 
 class ToEAttachment:
@@ -210,6 +260,8 @@ class ToEAttachment:
         self.armed = False
         self.last_shape: tuple[int, int, int] | None = None
         self.index: Tensor | None = None
+        self.passed_over = False
+        self._warned = False
         self._keep_armed = False
         self._last_stage: int | None = None
         self._model = model
@@ -222,10 +274,17 @@ class ToEAttachment:
             `ToEAttachment`: itself.
         """
         detach(self._model)
-        layer = self.site.layers[self.expansion.config.after_layer]
-        self._handles.append(layer.register_forward_pre_hook(self.before_layer, with_kwargs=True))
-        if self.site.middle_positions is not None:
-            self._handles.append(self.site.middle_positions.register_forward_hook(self.after_middle_positions))
+        site = self.site
+        layer = site.layers[self.expansion.config.after_layer]
+        self._handles += [
+            layer.register_forward_pre_hook(_Hook(self.before_layer), with_kwargs=True),
+            self._model.register_forward_hook(_Hook(self.after_model), always_call=True),
+        ]
+        if site.middle_positions is not None:
+            self._handles.append(site.middle_positions.register_forward_hook(_Hook(self.after_middle_positions)))
+        if site.timm_wrapper is not None:
+            hook = _Hook(self.before_timm_wrapper)
+            self._handles.append(site.timm_wrapper.register_forward_pre_hook(hook, with_kwargs=True))
         return self
 
     @property
@@ -249,6 +308,7 @@ class ToEAttachment:
             keep (`bool`): Whether to stay armed until told otherwise; else the next training forward disarms.
         """
         self.stage, self.armed, self._keep_armed = stage, True, keep
+        self.passed_over = False  # whether a pass with gradients came after the one that disarmed
 
     def before_layer(self, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple | None:
         """Hook before encoder layer `after_layer`: hand on fewer rows while training.
@@ -264,12 +324,13 @@ class ToEAttachment:
         Raises:
             ValueError: If an attention mask comes along.
         """
+        hidden = args[0] if args else kwargs["hidden_states"]
         if not layer.training:
+            self._notice_evaluation(hidden)
             return None
         stage = self._take_stage(layer)
         if stage is None:
             return None
-        hidden = args[0] if args else kwargs["hidden_states"]
         site = self.site
         self._refuse_mask(args, kwargs)
         tokens, index = self.expansion(hidden, stage, site.num_prefix_tokens, site.num_suffix_tokens)
@@ -290,10 +351,31 @@ class ToEAttachment:
             # what the forward did
             return self._last_stage
         self._last_stage = self.stage if self.armed else None
+        if not self.armed and torch.is_grad_enabled():
+            self.passed_over = True
         # replicas of DataParallel share this object between threads; the callback disarms behind them
         if not (self._keep_armed or getattr(layer, "_is_replica", False)):
             self.armed = False
         return self._last_stage
+
+    def _notice_evaluation(self, hidden: Tensor) -> None:
+        """Say once that a training step sees all tokens because the encoder is in evaluation mode."""
+        if self._warned or not self.armed or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return
+        if hidden.requires_grad:  # may be an evaluation without `no_grad`; a gradient that comes back tells
+            hidden.register_hook(self._warn_of_evaluation)
+        else:  # a frozen encoder never gets one
+            self._warn_of_evaluation()
+
+    def _warn_of_evaluation(self, gradient: Tensor | None = None) -> None:
+        if not self._warned:
+            self._warned = True
+            logger.warning(
+                "%s trains on all tokens, without ToE, because its encoder is in evaluation mode, in which "
+                "`from_pretrained` returns it; call `.train()` on the model and its encoder before training steps, "
+                "and evaluate under `torch.no_grad()`.",
+                self.site.name,
+            )
 
     def _refuse_mask(self, args: tuple, kwargs: dict[str, Any]) -> None:
         mask = kwargs.get("attention_mask", kwargs.get("attn_mask", args[1] if len(args) > 1 else None))
@@ -301,6 +383,36 @@ class ToEAttachment:
             raise ValueError(
                 f"ToE cannot train {self.site.name} with an `attention_mask`: every layer gets the full mask again, "
                 "which no longer fits the kept tokens; leave it out."
+            )
+
+    def after_model(self, model: nn.Module, args: tuple, output: Any) -> None:
+        """Hook behind the model, also called when it breaks off: what the layer had no chance to do is forgotten.
+
+        Args:
+            model (`nn.Module`): The model.
+            args (`tuple`): Its arguments.
+            output (`Any`): What it returns; `None` after an exception.
+        """
+        if output is None and not self._keep_armed:
+            self.armed = False
+
+    def before_timm_wrapper(self, wrapper: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Hook before transformers' wrapper of a timm model, which lays hidden states out as the whole grid.
+
+        Args:
+            wrapper (`nn.Module`): The wrapper about to run.
+            args (`tuple`): Its positional arguments.
+            kwargs (`dict`): Its named arguments.
+
+        Raises:
+            ValueError: If hidden states are asked for in training.
+        """
+        wanted = kwargs.get("output_hidden_states")
+        wanted = wrapper.config.output_hidden_states if wanted is None else wanted
+        if wanted and self.armed and wrapper.timm_model.training and kwargs.get("output_fmt") != "NLC":
+            raise ValueError(
+                f"ToE cannot train {self.site.name} with `output_hidden_states`: timm lays them out as the whole grid "
+                'of patches, of which ToE keeps a part; leave it out, or pass `output_fmt="NLC"` for rows of tokens.'
             )
 
     def after_middle_positions(self, module: nn.Module, args: tuple, rows: Tensor) -> "_FollowingRows | None":
@@ -344,9 +456,12 @@ def detach(model: nn.Module) -> int:
     removed = 0
     for module in model.modules():
         for hooks in (module._forward_pre_hooks, module._forward_hooks):
-            for key in [key for key, hook in hooks.items() if isinstance(_owner(hook), ToEAttachment)]:
-                _owner(hooks.pop(key)).armed = False
+            for key in [key for key, hook in hooks.items() if isinstance(hook, _Hook)]:
+                owner = _owner(hooks.pop(key))
+                if owner is not None:  # that of a copy has none
+                    owner.armed = False
                 module._forward_pre_hooks_with_kwargs.pop(key, None)
+                module._forward_hooks_always_called.pop(key, None)
                 removed += 1
     return removed
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.utils import logging
 
 from .attachment_toe import ToEAttachment, detach, reset_compiler
 from .configuration_toe import ToEConfig, check_config
@@ -13,13 +14,16 @@ from .expansion_toe import TokenExpansion
 from .resume_toe import forget_names, reads_saved_names, renames_on_saving, translate_names
 
 
+logger = logging.get_logger(__name__)
+
+
 class ToECallback(TrainerCallback):
     """Train a vision transformer on tokens that grow in stages; the trained model is a plain one.
 
     The stage follows the trainer's global progress, so a resumed run lands in the right one. Training logs get
     `toe_stage`, `toe_kept_tokens` (patch tokens per image) and `toe_tokens_per_second` (patch tokens handed on by all
-    processes, over the time of the training steps). The hook acts on the first forward of each training batch;
-    evaluation and prediction see all tokens.
+    processes, over the time of the training steps). The hook acts on the first forward of each training batch, and a
+    warning says when there are more; evaluation and prediction see all tokens.
 
     Args:
         config (`ToEConfig`, *optional*): The schedule.
@@ -38,6 +42,7 @@ class ToECallback(TrainerCallback):
         self._tokens = 0
         self._seconds = 0.0
         self._step_start = 0.0
+        self._warned = False
 
     @classmethod
     def install(cls, trainer: Trainer, config: ToEConfig | None = None, **overrides: Any) -> "ToECallback":
@@ -72,9 +77,11 @@ class ToECallback(TrainerCallback):
     def detach(model: nn.Module) -> int:
         """Remove the hooks that a training left which ended by an exception.
 
-        These are the one before a layer, for YOLOS a second one behind its middle positions, and the one that reads
-        the names of a checkpoint. The next training with a `ToECallback` does so by itself. Without one, a hook that
-        was waiting for the forward of a broken-off step would still act once, on the next forward in training mode.
+        These are one before a layer and one behind the model, for YOLOS one behind its middle positions, for timm one
+        before its wrapper, and the one that reads the names of a checkpoint. The next training with a `ToECallback`
+        removes them by itself. Without one they do nothing, unless a step broke off before it called the model, or by
+        the keyboard within the first layers: then the next forward in training mode is shortened. Those of a copy that
+        was made in training never do anything.
 
         Args:
             model (`nn.Module`): The model, wrapped or not.
@@ -142,7 +149,7 @@ class ToECallback(TrainerCallback):
             )
         self._attachment = ToEAttachment(model, self.expansion_class(self.config)).attach()
         reset_compiler()
-        self._tokens, self._seconds = 0, 0.0
+        self._tokens, self._seconds, self._warned = 0, 0.0, False
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -199,6 +206,13 @@ class ToECallback(TrainerCallback):
 
     def _count(self, args: TrainingArguments) -> None:
         self._seconds += time.perf_counter() - self._step_start
+        if self._attachment is not None and self._attachment.passed_over and not self._warned:
+            self._warned = True
+            logger.warning(
+                "ToE shortens the first forward pass in training mode of every batch, but a step ran more than one "
+                "forward pass, and one that trains saw all tokens; run passes without gradients in evaluation mode, "
+                "join the others in one batch, or train in a loop with `token_expansion`, which shortens all."
+            )
         shape = self._attachment.last_shape if self._attachment is not None else None
         if shape is not None:
             self._tokens += shape[0] * self._kept_patches(shape[2]) * args.world_size * max(args.n_gpu, 1)

@@ -6,6 +6,7 @@ warning: the run would go on from new weights.
 """
 
 import copy
+import inspect
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ def translate_names(model: nn.Module) -> None:
         model (`nn.Module`): The model of a trainer; other modules than `PreTrainedModel` save under their own names.
     """
     if isinstance(model, PreTrainedModel) and not reads_saved_names(model):
-        model.register_load_state_dict_pre_hook(_translate)
+        model.register_load_state_dict_pre_hook(_Translation())
 
 
 def reads_saved_names(model: nn.Module) -> bool:
@@ -37,7 +38,7 @@ def reads_saved_names(model: nn.Module) -> bool:
     Returns:
         `bool`
     """
-    return bool(_hooks(model))
+    return any(model._load_state_dict_pre_hooks[key].hook.active for key in _hooks(model))
 
 
 def renames_on_saving(model: nn.Module) -> bool:
@@ -51,8 +52,14 @@ def renames_on_saving(model: nn.Module) -> bool:
     """
     if not isinstance(model, PreTrainedModel):
         return False
+    return _saved_names(model).keys() != model.state_dict().keys()
+
+
+def _saved_names(model: PreTrainedModel) -> dict[str, str | None]:
+    """Name in `state_dict` of every weight that `save_pretrained` writes; `None` for one that is put together."""
     own = {name: torch.empty(value.shape, device="meta") for name, value in model.state_dict().items()}
-    return revert_weight_conversion(model, own).keys() != own.keys()
+    names = {id(value): name for name, value in own.items()}
+    return {saved: names.get(id(value)) for saved, value in revert_weight_conversion(model, own).items()}
 
 
 def forget_names(model: nn.Module) -> int:
@@ -72,22 +79,56 @@ def forget_names(model: nn.Module) -> int:
 
 def _hooks(model: nn.Module) -> list[int]:
     hooks = model._load_state_dict_pre_hooks
-    return [key for key, wrapped in hooks.items() if getattr(wrapped, "hook", None) is _translate]
+    return [key for key, wrapped in hooks.items() if isinstance(getattr(wrapped, "hook", None), _Translation)]
 
 
-def _translate(model: PreTrainedModel, state_dict: dict[str, Tensor], prefix: str, *rest: Any) -> None:
+class _Translation:
+    """Hook before `load_state_dict`; copied or pickled with its model, it does nothing any more.
+
+    Args:
+        active (`bool`): Whether it translates.
+    """
+
+    def __init__(self, active: bool = True) -> None:
+        self.active = active
+
+    def __call__(self, model: PreTrainedModel, state_dict: dict[str, Tensor], prefix: str, *rest: Any) -> None:
+        if self.active and not prefix:
+            _translate(model, state_dict)
+
+    def __reduce__(self) -> tuple:
+        return _Translation, (False,)
+
+
+def _translate(model: PreTrainedModel, state_dict: dict[str, Tensor]) -> None:
     own = model.state_dict().keys()
-    if prefix or state_dict.keys() <= own:
+    if state_dict.keys() <= own:
         return
+    names = _saved_names(model)
+    if names.keys() == state_dict.keys() and None not in names.values():
+        translated = {own_name: state_dict[saved] for saved, own_name in names.items()}
+    else:
+        translated = _load_as_host(model, state_dict)
+    if translated is None:
+        logger.warning(
+            "The checkpoint does not hold all weights of %s under names that can be translated; it is read as it is.",
+            type(model).__name__,
+        )
+        return
+    state_dict.clear()
+    state_dict.update({name: translated[name] for name in own})
+
+
+def _load_as_host(model: PreTrainedModel, state_dict: dict[str, Tensor]) -> dict[str, Tensor] | None:
+    """Weights under the names of a model from a file of other names than it saves; `None` if some are not there."""
+    try:
+        inspect.signature(type(model)).bind(model.config)
+    except TypeError:  # a class of one's own that takes more than a config
+        return None
     # the dtype of the file, whatever the configuration says: it may be that of the weights a training began with
     dtypes = {value.dtype for value in state_dict.values() if value.is_floating_point()}
     dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
     loaded, info = type(model).from_pretrained(
         None, config=copy.deepcopy(model.config), state_dict=dict(state_dict), dtype=dtype, output_loading_info=True
     )
-    if info["missing_keys"] or info["mismatched_keys"]:
-        logger.warning("The checkpoint does not hold all weights of %s; it is read as it is.", type(model).__name__)
-        return
-    translated = loaded.state_dict()
-    state_dict.clear()
-    state_dict.update({name: translated[name] for name in own})
+    return None if info["missing_keys"] or info["mismatched_keys"] else loaded.state_dict()

@@ -8,6 +8,8 @@ from peft import LoraConfig, get_peft_model
 from transformers import (
     BeitConfig,
     BeitForImageClassification,
+    BertConfig,
+    BertModel,
     CLIPConfig,
     CLIPForImageClassification,
     CLIPVisionConfig,
@@ -26,6 +28,7 @@ from transformers import (
     LlavaForConditionalGeneration,
     ResNetConfig,
     ResNetForImageClassification,
+    ResNetModel,
     SiglipConfig,
     SiglipForImageClassification,
     SwinConfig,
@@ -212,12 +215,29 @@ def test_context_manager_detaches_after_an_exception(make_vit, count_hooks):
     assert torch.equal(model(pixels).logits, plain)
 
 
+def test_a_forward_pass_that_breaks_off_may_be_tried_again(make_vit):
+    """As a loop does that halves its batch when memory runs out: the next one is shortened as well."""
+
+    def break_off(layer, args):
+        raise RuntimeError("broken off")
+
+    model = make_vit().train()
+    pixels = torch.randn(2, 3, 32, 32)
+    with token_expansion(model) as expansion:
+        handle = model.vit.layers[0].register_forward_pre_hook(break_off)
+        with pytest.raises(RuntimeError, match="broken off"):
+            model(pixels)
+        handle.remove()
+        model(pixels)
+        assert expansion.index.shape == (2, 33)
+
+
 def test_a_second_attachment_replaces_the_first(make_vit, count_hooks):
     model = make_vit().train()
     with token_expansion(model), token_expansion(model, ToEConfig.preset("fast")) as inner:
         model(torch.randn(2, 3, 32, 32))
         assert inner.index.shape == (2, 1 + 19)
-        assert count_hooks(model) == 1
+        assert count_hooks(model) == 2
     assert count_hooks(model) == 0
 
 
@@ -299,6 +319,43 @@ def test_bound_of_a_schedule():
             speedup_bound(model, count)
 
 
+class Both(torch.nn.Module):
+    """A module of one's own, with models of transformers and timm beside each other."""
+
+    def __init__(self, **models):
+        super().__init__()
+        self.models = torch.nn.ModuleDict({name: make() for name, make in models.items()})
+
+    def forward(self, pixels, words, mask):
+        image = self.models["image"](pixels).logits
+        return image + self.models["text"](words, attention_mask=mask).last_hidden_state[:, 0, :2]
+
+
+def bert():
+    return BertModel(BertConfig(**LAYERS, vocab_size=9))
+
+
+def resnet():
+    return ResNetModel(ResNetConfig(depths=[1], hidden_sizes=[8], embedding_size=8))
+
+
+def timm_resnet():
+    return TimmWrapperForImageClassification(TimmWrapperConfig(architecture="resnet18", num_labels=2))
+
+
+@pytest.mark.parametrize("name", ["vit", "timm"])
+def test_text_encoder_beside_the_tower_does_not_count(name, rows_seen, count_hooks):
+    model = Both(text=bert, teacher=resnet, image=HOSTS[name][0]).train()
+    image, words = torch.randn(2, 3, 32, 32), torch.ones(2, 4, dtype=torch.long)
+    rows, handle = rows_seen(find_encoder(model).layers[1])
+    with token_expansion(model):
+        model(image, words, torch.ones(2, 4)).sum().backward()
+    handle.remove()
+    assert rows == [33]
+    assert model.models["text"].embeddings.word_embeddings.weight.grad is not None
+    assert count_hooks(model) == 0
+
+
 def make_llava():
     text = LlamaConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, vocab_size=9)
     config = LlavaConfig(vision_config=CLIPVisionConfig(**SHAPE), text_config=text, image_token_index=8)
@@ -309,10 +366,28 @@ MAE = {"decoder_num_hidden_layers": 1, "decoder_hidden_size": 32, "decoder_num_a
 SWIN = {"embed_dim": 16, "depths": [1, 1], "num_heads": [1, 1], "window_size": 4}
 
 
+def swin():
+    return SwinForImageClassification(SwinConfig(**GRID, **SWIN))
+
+
+class OwnMaskedImageModel(ViTForMaskedImageModeling):
+    """The name of a class of one's own says nothing about its head."""
+
+
+class BackboneForImageClassification(ViTForImageClassification):
+    """Nor does this one."""
+
+
+def test_own_subclasses_are_judged_by_what_they_are():
+    assert find_encoder(BackboneForImageClassification(ViTConfig(**SHAPE))).num_prefix_tokens == 1
+    with pytest.raises(ValueError, match="OwnMaskedImageModel: its head reads every patch"):
+        find_encoder(OwnMaskedImageModel(ViTConfig(**SHAPE)))
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: SwinForImageClassification(SwinConfig(**GRID, **SWIN)), "cannot train Swin.* within windows"),
+        (swin, "cannot train Swin.* within windows"),
         (lambda: DINOv3ViTModel(DINOv3ViTConfig(**SHAPE)), r"cannot train DINOv3ViTModel.* \(rope\)"),
         (lambda: ViTForMaskedImageModeling(ViTConfig(**SHAPE)), "ViTForMaskedImageModeling: its head reads every pat"),
         (lambda: ViTMAEForPreTraining(ViTMAEConfig(**SHAPE, **MAE)), "ViTMAE.*already drops tokens"),
@@ -332,7 +407,17 @@ SWIN = {"embed_dim": 16, "depths": [1, 1], "num_heads": [1, 1], "window_size": 4
             "must hold one vision transformer, but has 2",
         ),
         (
-            lambda: TimmWrapperForImageClassification(TimmWrapperConfig(architecture="resnet18", num_labels=2)),
+            lambda: Both(image=HOSTS["vit"][0], text=bert, other=make_llava),
+            r"one vision transformer, but has 2 \(ViTForImageClassification, LlavaForConditionalGeneration\)",
+        ),
+        (lambda: Both(text=bert, image=make_llava), "got LlavaForCond.* can train its `model.vision_tower`"),
+        (lambda: Both(text=bert, image=swin), "cannot train Swin.* within windows"),
+        (
+            lambda: Both(text=bert, image=timm_resnet),
+            "must hold a vision transformer, but has none among BertModel, TimmWrapperForImageClassification;",
+        ),
+        (
+            timm_resnet,
             "`VisionTransformer` family only.* got ResNet in TimmWrapperForImageClassification",
         ),
     ],
@@ -367,3 +452,25 @@ def test_attention_mask_is_refused_at_the_first_forward(progress, make_vit):
         model(torch.randn(2, 3, 32, 32), attention_mask=mask)  # evaluation may have one
     model.train()
     model(torch.randn(2, 3, 32, 32), attention_mask=mask)
+
+
+def test_hidden_states_of_timm_are_refused_at_the_first_forward():
+    """timm lays them out as the whole grid, which reshapes fewer tokens without an error."""
+    model = timm_vit().train()
+    pixels = torch.randn(2, 3, 32, 32)
+    plain = model(pixels, output_hidden_states=True).hidden_states
+    message = "cannot train TimmWrapperForImageClassification with `output_hidden_states`"
+    with token_expansion(model) as expansion:
+        with pytest.raises(ValueError, match=message):
+            model(pixels, output_hidden_states=True)
+        model.config.output_hidden_states = True
+        with pytest.raises(ValueError, match=message):
+            model(pixels)
+        model(pixels, output_hidden_states=False)
+        assert expansion.index.shape == (2, 33)
+        rows = model(pixels, output_fmt="NLC").hidden_states
+        assert [state.shape for state in rows] == [(2, 64, 32), (2, 32, 32), (2, 32, 32)]
+        model.eval()
+        assert model(pixels).hidden_states[-1].shape == (2, 32, 8, 8)  # evaluation may ask for them
+    after = model.train()(pixels).hidden_states
+    assert all(torch.equal(a, b) for a, b in zip(after, plain, strict=True))

@@ -153,7 +153,7 @@ def test_after_an_exception_the_model_is_plain(event, make_vit, make_trainer, co
     with pytest.raises(RuntimeError, match="broken off"):
         trainer.train()
     assert trainer.state.global_step >= 2
-    assert count_hooks(model) == 1
+    assert count_hooks(model) == 2
     twin.load_state_dict(model.state_dict())
     pixels = torch.randn(2, 3, 32, 32)
     assert torch.equal(model.train()(pixels).logits, twin.train()(pixels).logits)  # the stale hook does nothing
@@ -166,6 +166,28 @@ def test_after_an_exception_the_model_is_plain(event, make_vit, make_trainer, co
     assert count_hooks(model) == 0
 
 
+@pytest.mark.parametrize("host", ["vit", "peft"])
+def test_a_forward_pass_that_breaks_off_leaves_nothing_pending(host, make_vit, make_trainer):
+    """Between the embedding and the layer of the hook, which has then not acted yet."""
+
+    def break_off(layer, args):
+        if trainer.state.global_step == 2:
+            raise RuntimeError("broken off")
+
+    model = vit = make_vit()
+    if host == "peft":
+        model = get_peft_model(vit, LoraConfig(target_modules=["q_proj", "v_proj"]))
+    handle = vit.vit.layers[0].register_forward_pre_hook(break_off)
+    trainer = make_trainer(model, [ToECallback()])
+    with pytest.raises(RuntimeError, match="broken off"):
+        trainer.train()
+    handle.remove()
+    pixels = torch.randn(2, 3, 32, 32)
+    after = model.train()(pixels).logits
+    assert ToECallback.detach(model) == (2 if host == "peft" else 3)
+    assert torch.equal(after, model(pixels).logits)
+
+
 def test_detach_removes_a_stale_hook(make_vit, make_trainer, count_hooks):
     class Breaks(TrainerCallback):
         def on_step_end(self, *args, **kwargs):
@@ -174,7 +196,7 @@ def test_detach_removes_a_stale_hook(make_vit, make_trainer, count_hooks):
     model = make_vit()
     with pytest.raises(RuntimeError, match="broken off"):
         make_trainer(model, [ToECallback(), Breaks()]).train()
-    assert ToECallback.detach(model) == 2  # before the layer, and when a checkpoint is read
+    assert ToECallback.detach(model) == 3  # before the layer, behind the model, and when a checkpoint is read
     assert count_hooks(model) == 0
     assert not model._load_state_dict_pre_hooks
     assert ToECallback.detach(model) == 0

@@ -123,6 +123,47 @@ def test_a_callback_that_came_too_late_says_so(late, checkpoint, make_vit, make_
         trainer.train(resume_from_checkpoint=path)
 
 
+class NeckForImageClassification(ViTForImageClassification):
+    """A model of one's own that cannot be built from a config alone, or not as it was."""
+
+    def __init__(self, config, neck):
+        super().__init__(config)
+        self.neck = torch.nn.Linear(neck, neck)
+
+
+class WiderNeckForImageClassification(NeckForImageClassification):
+    def __init__(self, config, neck=3):
+        super().__init__(config, neck)
+
+
+@pytest.mark.parametrize("model_class", [NeckForImageClassification, WiderNeckForImageClassification])
+def test_a_model_with_more_arguments_resumes(model_class, make_vit, make_trainer, tmp_path):
+    config = make_vit().config
+    torch.manual_seed(0)
+    whole = make_trainer(model_class(config, 5), [ToECallback()], max_steps=6, save_strategy="steps", save_steps=3)
+    whole.train()
+    model = spoiled(model_class(config, 5))
+    make_trainer(model, [ToECallback()], max_steps=6).train(
+        resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-3")
+    )
+    assert_same(weights(model), weights(whole.model))
+
+
+@pytest.mark.parametrize("buildable", [True, False])
+def test_names_of_another_model_class(buildable, make_vit, caplog):
+    """The file of a bare tower, whose names the model does not save itself: read as `from_pretrained` reads it."""
+    saved = make_vit()
+    head = {name: value for name, value in saved.state_dict().items() if name.startswith("classifier")}
+    state = {name.removeprefix("vit."): value for name, value in saved.state_dict().items()}
+    assert state.keys() != saved.state_dict().keys()
+    fresh = spoiled(make_vit() if buildable else NeckForImageClassification(saved.config, 5))
+    translate_names(fresh)
+    fresh.load_state_dict(state | head, False)
+    if buildable:
+        assert_same(weights(fresh), weights(saved))
+    assert ("does not hold all weights of NeckForImageClassification" in caplog.text) != buildable
+
+
 def test_the_same_trainer_cannot_resume(checkpoint, make_vit, make_trainer):
     """Its first training has taken the translation of names away."""
     path, _ = checkpoint
