@@ -40,6 +40,7 @@ def test_a_copy_made_in_a_context_is_plain(host, make_copy, make_vit, shape, cou
     assert torch.equal(training_output(twin, pixels), plain)
     assert ToECallback.detach(twin) == (3 if host == "yolos" else 2)
     assert count_hooks(twin) == 0
+    assert b"hf_efficient" not in pickle.dumps(twin)  # loads where this package is missing
 
 
 @pytest.mark.parametrize("event", ["on_step_begin", "on_pre_optimizer_step", "on_step_end"])
@@ -64,6 +65,7 @@ def test_an_average_made_by_a_callback_is_plain(event, make_vit, make_trainer, t
             averaged.load_state_dict(names_of_a_file)
         assert ToECallback.detach(averaged) == 3
         assert not averaged._load_state_dict_pre_hooks
+        assert b"hf_efficient" not in pickle.dumps(averaged)
 
 
 def test_a_copy_can_be_measured_while_the_training_goes_on(make_vit):
