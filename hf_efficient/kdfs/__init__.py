@@ -2,8 +2,8 @@
 
 Read in this order: `configuration_kdfs` (settings), `tracing_kdfs` and `structure_kdfs` (which filters can go, who
 reads them), `sampling_kdfs`, `losses_kdfs` and `flops_kdfs` (the equations), `masking_kdfs` (masks on a network),
-`trainer_kdfs`, `slicing_kdfs`, `resuming_kdfs`, `pruner_kdfs` (the pass). `configuration_kdfs_pruned`,
-`modeling_kdfs_pruned` and the two `cifar_resnet` files travel inside checkpoints.
+`rows_kdfs` (what the data must be), `trainer_kdfs`, `slicing_kdfs`, `resuming_kdfs`, `pruner_kdfs` (the pass).
+`configuration_kdfs_pruned`, `modeling_kdfs_pruned` and the two `cifar_resnet` files travel inside checkpoints.
 """
 
 from transformers import AutoConfig, AutoModel, AutoModelForImageClassification

@@ -88,7 +88,6 @@ SETTINGS = (
     "exclude_layers",
 )
 CONFIG_NAME = "kdfs_config.json"
-SPLIT_FOLDERS = ("train", "training", "test", "testing", "eval", "evaluation", "valid", "validation", "val", "dev")
 NAMED = {  # option -> what it names
     "model": "a folder or a Hub id",
     "dataset": "a file, a folder or a Hub id",
@@ -113,6 +112,7 @@ def run_prune(arguments: argparse.Namespace) -> dict[str, Any]:
     import torch
     from transformers import TrainingArguments
 
+    from .images_kdfs import ImageCollator, load_images
     from .pruner_kdfs import KDFSPruner, check_folder, check_no_source
 
     for option, kind in NAMED.items():
@@ -146,7 +146,9 @@ def run_prune(arguments: argparse.Namespace) -> dict[str, Any]:
         raise ValueError(
             f"--model {arguments.model} has no image processor, so its input size is unknown; save one beside it."
         )
-    train, test = _load_data(arguments, pruner.processing_class, pruner.model.config)
+    if arguments.teacher is not None:
+        _compare_scales(arguments.teacher, pruner.processing_class, remote)
+    train, test = load_images(arguments, pruner.processing_class, pruner.model.config)
     args = TrainingArguments(
         output_dir=str(_training_folder(arguments)),
         num_train_epochs=arguments.epochs,
@@ -202,6 +204,33 @@ def _describe(arguments: argparse.Namespace, pruner: Any, folder: Path, test: An
     return {**report, "text": "\n".join(lines)}
 
 
+def _compare_scales(teacher: str, processor: Any, remote: dict[str, Any]) -> None:
+    """Warn of a teacher that knows images of another brightness than it will see."""
+    from transformers import AutoImageProcessor
+    from transformers.utils import logging
+
+    try:
+        theirs = AutoImageProcessor.from_pretrained(teacher, **remote)
+    except (OSError, ValueError, ImportError):  # none beside it: nothing is known
+        return
+    known, seen = _scale(theirs), _scale(processor)
+    if known != seen:
+        logging.get_logger(__name__).warning(
+            f"--teacher {teacher} was trained on images with mean and deviation {known}, but will see those of the "
+            f"model, with {seen}, so its answers may be poor; train both on images of one image processor."
+        )
+
+
+def _scale(processor: Any) -> tuple[list[float], list[float]] | None:
+    """Mean and standard deviation by which an image processor normalises."""
+    settings = getattr(processor, "data_config", None)  # of timm
+    if settings is None and getattr(processor, "do_normalize", False):
+        settings = {"mean": processor.image_mean, "std": processor.image_std}
+    if not settings or settings.get("mean") is None:
+        return None
+    return tuple([round(float(value), 3) for value in settings[name]] for name in ("mean", "std"))
+
+
 def _training_folder(arguments: argparse.Namespace) -> Path:
     return Path(f"{os.path.abspath(arguments.output)}-training")
 
@@ -229,6 +258,7 @@ def _when_interrupted(say: Callable[[], str]) -> Iterator[None]:
 def _read_config(source: str | None, given: dict[str, Any]) -> tuple[Any, set[str]]:
     """Settings of the options, over those of a file, and the names of those that the file decides."""
     from .configuration_kdfs import RULES, KDFSConfig
+    from .images_kdfs import first_sentence
 
     if source is None:
         return KDFSConfig(**given), set()
@@ -239,8 +269,8 @@ def _read_config(source: str | None, given: dict[str, Any]) -> tuple[Any, set[st
         raise ValueError(f"--config {source}: {_without_ticks(error, values)}") from error
     except (TypeError, AttributeError) as error:  # of fields that every configuration has
         raise ValueError(
-            f"--config {source} holds a value of the wrong kind ({_reason(error, source)}); keep only settings of "
-            f"KDFS: {', '.join(RULES)}."
+            f"--config {source} holds a value of the wrong kind ({first_sentence(error, source)}); keep only "
+            f"settings of KDFS: {', '.join(RULES)}."
         ) from error
     return KDFSConfig(**{**{name: getattr(config, name) for name in RULES}, **given}), set(values) - set(given)
 
@@ -248,6 +278,8 @@ def _read_config(source: str | None, given: dict[str, Any]) -> tuple[Any, set[st
 def _read_settings(source: str) -> dict[str, Any]:
     """What stands in a file of settings, in that of a folder, or in that of a Hub repository."""
     from transformers.utils import cached_file
+
+    from .images_kdfs import first_sentence
 
     path = Path(source)
     if path.is_dir() and not (path / CONFIG_NAME).is_file():
@@ -259,7 +291,7 @@ def _read_settings(source: str) -> dict[str, Any]:
         values = json.loads(file.read_text(encoding="utf-8-sig"))  # with or without a byte order mark
     except (OSError, ValueError, RecursionError) as error:
         where = "holds no settings of KDFS" if path.exists() else "is no file or folder here and no Hub id"
-        reason = _reason(error, source)
+        reason = first_sentence(error, source)
         raise ValueError(f"--config {source} {where} that could be read ({reason}); {remedy}.") from error
     if not isinstance(values, dict):
         raise ValueError(f"--config {source} must hold a JSON object, but holds {json.dumps(values):.40}; {remedy}.")
@@ -283,20 +315,11 @@ def _name_file(source: str | None, names: Collection[str]) -> Iterator[None]:
         raise ValueError(f"--config {source}: {message}") from error
 
 
-def _reason(error: Exception, name: str) -> str:
-    """The first sentence of what a library says; a dot within the name of what it read does not end it."""
-    line = (str(error).strip() or type(error).__name__).split("\n")[0]
-    forms = "|".join(re.escape(form) for form in (os.path.abspath(name), name))
-    spans = [match.span() for match in re.finditer(rf"(?<![\w./-])(?:{forms})(?![\w/-])", line)]
-    for end in (match.start() for match in re.finditer(r"\.(?= |$)", line)):
-        if not any(start <= end < stop for start, stop in spans):
-            return line[:end]
-    return line
-
-
 def _check_classifier(option: str, name: str | None, remote: dict[str, Any]) -> None:
     """Refuse what is no checkpoint of an image classifier before its weights are read."""
     from transformers import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING, AutoConfig
+
+    from .images_kdfs import first_sentence
 
     if name is None:
         return
@@ -304,240 +327,12 @@ def _check_classifier(option: str, name: str | None, remote: dict[str, Any]) -> 
         config = AutoConfig.from_pretrained(name, **remote)
     except (OSError, ValueError, KeyError) as error:
         where = "holds no configuration" if Path(name).is_dir() else "is no folder here and no Hub id"
-        reason = _reason(error, name)
+        reason = first_sentence(error, name)
         remedy = "add --trust-remote-code if you trust it" if "trust_remote_code" in str(error) else "name another"
         raise ValueError(f"{option} {name} {where} that could be loaded ({reason}); {remedy}.") from error
     known = type(config) in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
     if not known and "AutoModelForImageClassification" not in (getattr(config, "auto_map", None) or {}):
         raise ValueError(f"{option} {name} is no image classifier, but of type {config.model_type!r}; name another.")
-
-
-def _load_data(arguments: argparse.Namespace, processor: Any, config: Any) -> tuple[Any, Any]:
-    """Training and evaluation rows that turn into `pixel_values` and `labels` when they are read."""
-    from datasets import Image, are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
-
-    path = Path(arguments.dataset)
-    quiet = getattr(arguments, "quiet", False) and not are_progress_bars_disabled()
-    try:
-        if quiet:
-            disable_progress_bars()
-        data = _read(path, arguments)
-    except Exception as error:  # datasets and pyarrow have many
-        where = "could not be read" if path.exists() else "is no file or folder here and no Hub id that could be read"
-        reason = _reason(error, arguments.dataset)
-        raise ValueError(
-            f"--dataset {arguments.dataset} {where} ({reason}); name a folder with a folder of images per class, or "
-            "parquet files."
-        ) from error
-    finally:
-        if quiet:
-            enable_progress_bars()
-    if arguments.train_split not in data:
-        raise ValueError(f"--train-split {arguments.train_split} is not in the dataset; it has {', '.join(data)}.")
-    features = data[arguments.train_split].features
-    image = arguments.image_column or next((name for name, kind in features.items() if isinstance(kind, Image)), None)
-    if image is None:  # bytes of pictures, written by another tool than datasets
-        image = next((name for name in ("image", "img", "picture") if _holds_bytes(features.get(name))), None)
-    label = arguments.label_column or next(
-        (name for name in ("labels", "label", "fine_label", "class") if name in features), None
-    )
-    if label is None and list(features) == ["image"] and path.is_dir():
-        raise ValueError(_no_classes(arguments.dataset))
-    for option, name in (("--image-column", image), ("--label-column", label)):
-        if name not in features:
-            raise ValueError(
-                f"--dataset {arguments.dataset} must have a column of images and one of labels, but has "
-                f"{', '.join(features)}; name it with {option}."
-            )
-    if isinstance(features[image], Image) or _holds_bytes(features[image]):
-        data = data.cast_column(image, Image(decode=False))  # decoded below, where a broken one can be named
-    held_out = arguments.eval_split or next((name for name in ("test", "validation", "val") if name in data), None)
-    if held_out is not None and held_out not in data:
-        raise ValueError(f"--eval-split {held_out} is not in the dataset; it has {', '.join(data)}.")
-    number = _label_numbers(arguments, data[arguments.train_split], label, config)
-    if held_out is not None:  # what is wrong there would else show after the training
-        _label_numbers(arguments, data[held_out], label, config)
-
-    def prepare(rows: dict[str, list[Any]]) -> dict[str, Any]:
-        images = [_decode(arguments, picture).convert("RGB") for picture in rows[image]]
-        labels = [number(value) for value in rows[label]]
-        return {"pixel_values": processor(images, return_tensors="pt")["pixel_values"], "labels": labels}
-
-    test = data[held_out].with_transform(prepare) if held_out else None
-    return data[arguments.train_split].with_transform(prepare), test
-
-
-def _read(path: Path, arguments: argparse.Namespace) -> Any:
-    """The dataset by splits."""
-    from datasets import load_dataset
-
-    if path.is_file():
-        return load_dataset("parquet", data_files={arguments.train_split: str(path)})
-    if path.is_dir() and not _is_image_folder(path):
-        return load_dataset("parquet", data_files={file.stem: str(file) for file in sorted(path.glob("*.parquet"))})
-    if path.is_dir():
-        return load_dataset("imagefolder", data_dir=str(path))
-    return load_dataset(arguments.dataset)
-
-
-def _is_image_folder(path: Path) -> bool:
-    return path.is_dir() and not any(path.glob("*.parquet"))
-
-
-def _no_classes(dataset: str) -> str:
-    """What is wrong with a folder of pictures in which `datasets` found no classes."""
-    from PIL import Image
-
-    endings, classes, stray = Image.registered_extensions(), set(), None
-    for file in sorted(file for file in Path(dataset).rglob("*") if file.suffix.lower() in endings):
-        folders = file.relative_to(dataset).parts[:-1]
-        folders = folders[1:] if folders and folders[0] in SPLIT_FOLDERS else folders
-        classes.update(folders[-1:])
-        stray = stray or (None if folders else file)
-    why = f"{stray} is in no folder of a class" if stray else "their folders lie in folders"
-    why = f"all are in one folder, {min(classes)}" if len(classes) == 1 and not stray else why
-    name = Path(dataset).as_posix()
-    return (
-        f"--dataset {dataset} is a folder of pictures without classes: {why}; put every picture into the folder of "
-        f"its class, of two classes or more, as {name}/train/<class>/*.jpg and {name}/test/<class>/*.jpg."
-    )
-
-
-def _decode(arguments: argparse.Namespace, picture: Any) -> Any:
-    """The picture of a row, or one sentence that names it."""
-    from datasets import Image
-
-    if not isinstance(picture, dict):
-        return picture
-    try:
-        return Image().decode_example(picture)
-    except (OSError, ValueError, SyntaxError) as error:
-        reason = "it breaks off or is no picture" if picture.get("bytes") is None else str(error).split(" <")[0]
-        raise ValueError(
-            f"--dataset {arguments.dataset} has a picture that cannot be read, {picture.get('path') or 'unnamed'} "
-            f"({reason}); repair it or leave it out."
-        ) from error
-
-
-def _holds_bytes(kind: Any) -> bool:
-    inner = kind.get("bytes") if isinstance(kind, dict) else kind
-    return getattr(inner, "dtype", None) in ("binary", "large_binary")
-
-
-def _label_numbers(arguments: argparse.Namespace, rows: Any, column: str, config: Any) -> Any:
-    """How a label of the dataset becomes a label of the model: by its word where both have words, else as it is."""
-    try:
-        values = set(rows[column])
-    except TypeError as error:  # pictures, lists
-        raise ValueError(
-            f"--dataset {arguments.dataset} has no classes in `{column}`, but {type(rows[0][column]).__name__}; name "
-            "the column of classes with --label-column."
-        ) from error
-    if values == {None} and _is_image_folder(Path(arguments.dataset)):
-        raise ValueError(_no_classes(arguments.dataset))
-    if None in values:
-        raise ValueError(
-            f"--dataset {arguments.dataset}, split {rows.split}, has a row without a label in `{column}`; leave it "
-            "out."
-        )
-    names = dict(enumerate(getattr(rows.features[column], "names", None) or ()))
-    words = {word: number for number, word in config.id2label.items()}
-    if names and set(names.values()) <= set(words):
-        _check_range(arguments, rows, values, len(names))
-        return lambda value: words[names[value]]
-    known = sorted(set(names.values()) & set(words))
-    if known:  # by their numbers they would be other classes of the model
-        other = sorted(set(names.values()) - set(words))[0]
-        raise ValueError(
-            f"--dataset {arguments.dataset} has {known[0]!r}, a label of the model, and {other!r}, which is none; "
-            "leave that out, or prune a model that was trained on these classes."
-        )
-    if any(isinstance(value, str) for value in values):
-        if not values <= set(words):
-            missing = sorted(values - set(words))[0]
-            raise ValueError(
-                f"--dataset {arguments.dataset} has classes as words in `{column}`, but the model has no label "
-                f"{missing!r}; prune a model that was trained on these classes."
-            )
-        return lambda value: words[value]
-    _check_range(arguments, rows, values, config.num_labels)
-    named = config.id2label.get(0) != "LABEL_0" and not any(name.isdigit() for name in names.values())
-    if names and named and len(names) != config.num_labels:
-        raise ValueError(
-            f"--dataset {arguments.dataset} has {len(names)} classes, {names[0]!r} the first, none of which is one of "
-            f"the model's {config.num_labels}, {config.id2label[0]!r} the first; name them alike, or prune a model "
-            "that was trained on these classes."
-        )
-    if names and named:
-        from transformers.utils import logging
-
-        logging.get_logger(__name__).warning_once(
-            f"No class of {arguments.dataset} is named as in the model, so they are taken in order: {names[0]!r} as "
-            f"{config.id2label[0]!r}."
-        )
-    return int
-
-
-def _check_range(arguments: argparse.Namespace, rows: Any, values: set[int], count: int) -> None:
-    """Refuse labels below 0, with which datasets mark rows without one, and those that the model does not have."""
-    for extreme in (max(values, default=0), min(values, default=0)):
-        if not 0 <= extreme < count:
-            remedy = "prune a model that was trained on these classes"
-            if extreme < 0:
-                remedy = "name a split in which every row has its class, by --train-split or --eval-split"
-            raise ValueError(
-                f"--dataset {arguments.dataset}, split {rows.split}, has label {extreme}, but the model has {count} "
-                f"labels; {remedy}."
-            )
-
-
-class ImageCollator:
-    """Stack rows into a batch; flip and shift the images of training batches.
-
-    Args:
-        augment (`bool`, *optional*, defaults to `True`): Flip every second image and shift all by up to an eighth.
-    """
-
-    def __init__(self, augment: bool = True) -> None:
-        self.augment = augment
-
-    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
-        """Make a batch.
-
-        Args:
-            rows (`list[dict]`): With `pixel_values` and `labels`.
-
-        Returns:
-            `dict`: `pixel_values` of shape `(batch, channels, height, width)` and `labels` of shape `(batch,)`.
-        """
-        import torch
-
-        images = torch.stack([torch.as_tensor(row["pixel_values"]) for row in rows])
-        labels = torch.tensor([int(row["labels"]) for row in rows])
-        return {"pixel_values": shift_and_flip(images) if self.augment else images, "labels": labels}
-
-
-def shift_and_flip(images: Any) -> Any:
-    """Flip half of the images and shift each by up to an eighth of its size, reflecting at the border.
-
-    Args:
-        images (`torch.FloatTensor` of shape `(batch, channels, height, width)`): Images.
-
-    Returns:
-        `torch.FloatTensor` of the same shape.
-    """
-    import torch
-
-    batch, _, height, width = images.shape
-    down, right = height // 8, width // 8
-    padded = torch.nn.functional.pad(images, (right, right, down, down), mode="reflect")
-    top = torch.randint(0, 2 * down + 1, (batch, 1))
-    left = torch.randint(0, 2 * right + 1, (batch, 1))
-    columns = torch.arange(width)[None, :]
-    columns = torch.where(torch.rand(batch, 1) < 0.5, columns, width - 1 - columns) + left  # (batch, width)
-    rows = torch.arange(height)[None, :] + top  # (batch, height)
-    index = torch.arange(batch)[:, None, None]
-    return padded.permute(0, 2, 3, 1)[index, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).contiguous()
 
 
 def _accuracy(model: Any, data: Any, batch_size: int) -> float:

@@ -21,11 +21,13 @@ from .configuration_kdfs import RULES, KDFSConfig
 from .flops_kdfs import count_flops
 from .masking_kdfs import KDFSMaskedModel
 from .modeling_kdfs_pruned import KDFSPrunedModelForImageClassification
-from .resuming_kdfs import PHASE_WORDS, SAMPLED_NAME, Run, write_json
+from .resuming_kdfs import PHASE_WORDS, SAMPLED_NAME, Run, train_to_the_end, write_json
+from .rows_kdfs import first_image
+from .saving_kdfs import disk_is_named
 from .slicing_kdfs import check_model, host_network, slice_network, write_back
 from .structure_kdfs import check_convolutions, read_structure
 from .tracing_kdfs import example_input
-from .trainer_kdfs import DistillationTrainer, KDFSTrainer, check_teacher, first_image, name_progress
+from .trainer_kdfs import DistillationTrainer, KDFSTrainer, check_teacher, name_progress
 
 
 logger = logging.get_logger(__name__)
@@ -279,9 +281,10 @@ class KDFSPruner:
             `Path`: `save_directory`.
 
         Raises:
-            ValueError: If the target cannot be reached, rows lack labels or are of another data type, the teacher
-                does not take their images, the folder cannot be written or holds the network itself, or another run
-                was interrupted in `args.output_dir`.
+            OSError: If the disk is full; what was written before stays, and the run goes on from it.
+            ValueError: If the target cannot be reached, the training diverges, rows lack labels or are of another
+                data type, the teacher does not take their images, the folder cannot be written or holds the network
+                itself, or another run was interrupted in `args.output_dir`.
         """
         if not isinstance(pruning_config, KDFSConfig):
             kind = type(pruning_config).__name__
@@ -344,13 +347,15 @@ class KDFSPruner:
                 **common,
             )
             name_progress(tuner, PHASE_WORDS[1])
-            tuner.train(resume_from_checkpoint=run.last_checkpoint("fine_tuning"))
+            train_to_the_end(tuner, run.last_checkpoint("fine_tuning"))
+            check_finite(pruned, PHASE_WORDS[1], run.folder)
             self.history += [{"phase": "fine_tuning", **entry} for entry in tuner.state.log_history]
         write_back(masked, pruned)
         self.masked_model, self.pruned_model = masked.eval(), pruned.eval()
         self.report = self._describe(masked, input_shape)
         if sampler.is_world_process_zero():
-            self._save(save_directory, pruning_config)
+            with disk_is_named(save_directory):
+                self._save(save_directory, pruning_config)
             run.close()
         sampler.accelerator.wait_for_everyone()
         return save_directory
@@ -406,9 +411,11 @@ class KDFSPruner:
             return
         trainer.args.max_steps = steps
         trainer.args.load_best_model_at_end = False  # the last masks count, not the best
-        trainer.train(resume_from_checkpoint=run.last_checkpoint("sampling"))
+        train_to_the_end(trainer, run.last_checkpoint("sampling"))
+        check_finite(masked.network, PHASE_WORDS[0], run.folder)
         if trainer.is_world_process_zero():
-            run.save_sampled(masked, trainer.state.log_history)
+            with disk_is_named(run.folder):
+                run.save_sampled(masked, trainer.state.log_history)
         trainer.accelerator.wait_for_everyone()
 
     def _describe(self, masked: KDFSMaskedModel, input_shape: tuple[int, ...]) -> dict[str, Any]:
@@ -472,6 +479,25 @@ class KDFSPruner:
         if self.pruned_model is None:
             raise ValueError("`export_onnx` needs a pruned network, but there is none yet; call `prune` first.")
         return self.pruned_model.export_onnx(save_directory)
+
+
+def check_finite(network: nn.Module, phase: str, folder: Path) -> None:
+    """Refuse to go on with weights that a training has ruined.
+
+    Args:
+        network (`nn.Module`): After the training.
+        phase (`str`): What the training was for.
+        folder (`Path`): Where its checkpoints lie.
+
+    Raises:
+        ValueError: If a weight or statistic is infinite or no number.
+    """
+    name = next((name for name, value in network.state_dict().items() if not value.isfinite().all()), None)
+    if name is not None:
+        raise ValueError(
+            f"The training diverged while {phase}: {name} holds values that are no finite numbers; look for images "
+            f"that hold such, or lower `learning_rate`, and remove {folder}, whose checkpoints are of no use."
+        )
 
 
 def _is_one_source(one: Any, other: Any) -> bool:

@@ -10,7 +10,8 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from transformers import TrainingArguments
+from transformers import Trainer, TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import logging
 
 from .masking_kdfs import KDFSMaskedModel
@@ -129,7 +130,7 @@ def last_whole_checkpoint(folder: str | os.PathLike) -> str | None:
 def _is_whole(checkpoint: Path) -> bool:
     """Whether every file of a checkpoint has its end; the tensors themselves are not read."""
     try:
-        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+        json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
         for weights in checkpoint.glob("*.safetensors"):
             with safe_open(weights, framework="pt"):
                 pass
@@ -143,6 +144,26 @@ def _ends_well(file: Path) -> bool:
     with file.open("rb") as stream:
         stream.seek(max(0, file.stat().st_size - (1 << 16)))
         return b"PK\x05\x06" in stream.read()
+
+
+def train_to_the_end(trainer: Trainer, checkpoint: str | None) -> None:
+    """Train, from a checkpoint where there is one; of one at the last step only the weights are read.
+
+    A [`~transformers.Trainer`] that goes on from there takes one step more where that step is not the last of an
+    epoch.
+
+    Args:
+        trainer ([`~transformers.Trainer`]): Not yet trained, with `max_steps`.
+        checkpoint (`str`, *optional*): Of the same trainer.
+    """
+    state = TrainerState.load_from_json(os.path.join(checkpoint, TRAINER_STATE_NAME)) if checkpoint else None
+    if state is None or state.global_step < trainer.args.max_steps:
+        trainer.train(resume_from_checkpoint=checkpoint)
+        return
+    trainer.state = state
+    trainer._load_from_checkpoint(checkpoint)
+    if trainer.args.load_best_model_at_end and state.best_model_checkpoint is not None:
+        trainer._load_best_model()
 
 
 def describe_kept(folder: str | os.PathLike) -> str:

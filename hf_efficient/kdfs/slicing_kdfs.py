@@ -197,6 +197,11 @@ def _check_kind(network: nn.Module, model: nn.Module) -> None:
             f"`model` must choose one class per image, but its `problem_type` is {problem!r}; KDFS trains with the "
             "cross entropy alone."
         )
+    if model.config.num_labels < 2:
+        raise ValueError(
+            f"`model` must choose among two labels or more, but has {model.config.num_labels}, of which there is "
+            "nothing to learn; give it a label for what is none of it."
+        )
     names: dict[tuple, str] = {}
     for name, value in network.state_dict().items():
         twin = names.setdefault((value.data_ptr(), value.shape), name) if value.numel() else name
@@ -205,6 +210,26 @@ def _check_kind(network: nn.Module, model: nn.Module) -> None:
                 f"`model` must hold every tensor under one name, but {twin} and {name} are the same, which "
                 "checkpoints cannot hold; give both modules weights of their own, or call one module twice."
             )
+
+
+def _check_loss(network: nn.Module, labels: int, image: Tensor) -> None:
+    """Refuse a network whose own loss is not the one that KDFS trains with, such as with weights for classes."""
+    targets = torch.linspace(0, labels - 1, min(labels, 8), device=image.device).round().long()
+    images = torch.randn(len(targets), *image.shape).to(image)
+    try:
+        output = network(pixel_values=images, labels=targets)
+    except TypeError:  # takes no labels
+        return
+    loss = getattr(output, "loss", None)
+    if loss is None:
+        return
+    expected = nn.functional.cross_entropy(output.logits.float(), targets)
+    if (loss.float() - expected).abs() > 0.05 * expected + 0.01:
+        raise ValueError(
+            f"`model` must have the plain cross entropy as its loss, with which KDFS trains, but the loss of "
+            f"{type(network).__name__} is {float(loss):.3g} instead of {float(expected):.3g}, as with class weights; "
+            "show rare classes more often in `train_dataset`, and use the class of transformers as it is."
+        )
 
 
 @torch.no_grad()
@@ -219,9 +244,9 @@ def check_model(masked: KDFSMaskedModel, model: PreTrainedModel) -> None:
         model (`PreTrainedModel`): The model before masking.
 
     Raises:
-        ValueError: If the model is none of transformers', is frozen, chooses no single class, holds a tensor
-            twice, is not what its configuration builds, or the smaller network does not compute what the masked one
-            does.
+        ValueError: If the model is none of transformers', is frozen, chooses no single class, trains with another
+            loss, holds a tensor twice, gives no finite logits, is not what its configuration builds, or the smaller
+            network does not compute what the masked one does.
     """
     _check_kind(masked.network, model)
     kind, config = type(model).__name__, masked.pruning_config
@@ -235,6 +260,9 @@ def check_model(masked: KDFSMaskedModel, model: PreTrainedModel) -> None:
         reference = next(trial.network.parameters())
         images = torch.randn(2, *masked.structure.input_shape).to(reference.device, reference.dtype)
         expected = trial(images).logits.float()
+        if not expected.isfinite().all():
+            raise ValueError(f"`model` must answer with finite logits, but {kind} does not; load other weights.")
+        _check_loss(trial.network, model.config.num_labels, images[0])
         try:
             got = slice_network(trial, model)(images).logits.float()
         except (RuntimeError, ValueError, AttributeError, TypeError) as error:

@@ -1,8 +1,6 @@
 """Two trainers: distillation from a teacher, and the sampling phase that learns masks on top of it."""
 
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,7 +13,9 @@ from .importance_kdfs import first_rows, own_random_state, start_from_sensitivit
 from .losses_kdfs import distillation_loss, flops_loss, reconstruction_loss
 from .masking_kdfs import FeatureTaps, KDFSMaskedModel
 from .pushing_kdfs import PushesNoPickles
+from .rows_kdfs import batch_is_sound, first_image
 from .sampling_kdfs import gumbel_temperature
+from .saving_kdfs import disk_is_named
 from .slicing_kdfs import host_network
 from .structure_kdfs import NetworkStructure, read_structure
 from .tracing_kdfs import example_input
@@ -85,24 +85,6 @@ def check_arguments(args: TrainingArguments | None, compute_loss_func: Any | Non
             f"Every process must have one GPU, but this one sees {args.n_gpu}; start it with `accelerate launch` or "
             "`torchrun`, or let it see one with CUDA_VISIBLE_DEVICES=0."
         )
-
-
-@contextmanager
-def labels_are_known() -> Iterator[None]:
-    """Say what is wrong where a label is none of the model's; a GPU reports it later and in its own way.
-
-    Raises:
-        ValueError: If the cross entropy inside finds such a label.
-    """
-    try:
-        yield
-    except IndexError as error:
-        if "Target" not in str(error):
-            raise
-        raise ValueError(
-            f"`labels` must be numbers of the model's classes, but one row is none of them ({error}); leave it out, "
-            "or take a model that was trained on these classes."
-        ) from error
 
 
 class NamedProgress(ProgressCallback):
@@ -189,6 +171,10 @@ class DistillationTrainer(PushesNoPickles, Trainer):
         self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)  # its forward would keep the autocast
         return output
 
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        with disk_is_named(self.args.output_dir):
+            super()._save_checkpoint(*args, **kwargs)
+
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
@@ -204,9 +190,9 @@ class DistillationTrainer(PushesNoPickles, Trainer):
             `torch.FloatTensor` without axes, or a tuple of it and the output.
 
         Raises:
-            ValueError: If a label is none of the model's.
+            ValueError: If a label is none of the model's, or a batch has too few images to be normalised.
         """
-        with labels_are_known():
+        with batch_is_sound():
             output = model(pixel_values=inputs["pixel_values"], labels=inputs["labels"])
         parts = {"cross_entropy": output.loss}
         if model.training:
@@ -450,7 +436,7 @@ class KDFSTrainer(DistillationTrainer):
             step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
             count = min(count, steps * step)
         collate = self._get_collator_with_removed_columns(self.data_collator)
-        with own_random_state(self.args.seed), labels_are_known():
+        with own_random_state(self.args.seed), batch_is_sound():
             quiet = self.args.disable_tqdm or not self.is_world_process_zero()
             rows = logging.tqdm(
                 first_rows(self.train_dataset, count, collate), desc="measuring filters", disable=quiet, leave=False
@@ -538,47 +524,3 @@ class KDFSTrainer(DistillationTrainer):
             stages = [reconstruction_loss(student, teacher) for student, teacher in pairs]
             losses["reconstruction"] = torch.stack(stages).mean()
         return losses
-
-
-def first_image(dataset: Any) -> Tensor:
-    """The first image of a dataset, which must be labelled.
-
-    Args:
-        dataset (`Any`): Yields mappings with `pixel_values` and `labels`.
-
-    Returns:
-        `torch.FloatTensor` of shape `(channels, height, width)`.
-
-    Raises:
-        ValueError: If there is no dataset, its rows lack `pixel_values` or `labels`, or the image is none.
-    """
-    if dataset is None:
-        raise ValueError("`train_dataset` must yield `pixel_values` and `labels`, but is None; hand in a dataset.")
-    row = next(iter(dataset), None)
-    if row is None:
-        raise ValueError("`train_dataset` must have rows, but is empty; hand in a dataset with images.")
-    if not isinstance(row, Mapping):
-        raise ValueError(
-            f"`train_dataset` must yield mappings with `pixel_values` and `labels`, but yields a "
-            f"{type(row).__name__}; wrap it in a dataset that names them."
-        )
-    for name in ("pixel_values", "labels"):
-        if name not in row and not (name == "labels" and "label" in row):  # the default collator renames it
-            raise ValueError(
-                f"`train_dataset` must yield `pixel_values` and `labels`, but its rows hold {sorted(row)}; "
-                f"rename or add the column `{name}`."
-            )
-    image = row["pixel_values"]
-    try:
-        image = torch.as_tensor(image)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(
-            f"`pixel_values` must be a tensor, but are a {type(image).__name__}; an image processor makes one of a "
-            "picture."
-        ) from error
-    if image.dim() != 3:
-        raise ValueError(
-            f"`pixel_values` of a row must have the axes (channels, height, width), but have the shape "
-            f"{tuple(image.shape)}; take the first of what an image processor returns."
-        )
-    return image

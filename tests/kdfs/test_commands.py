@@ -13,7 +13,7 @@ from transformers import AutoModelForImageClassification, ViTImageProcessor
 
 from hf_efficient import CifarResNetConfig, CifarResNetForImageClassification, KDFSConfig
 from hf_efficient.cli import main
-from hf_efficient.kdfs.commands_kdfs import ImageCollator
+from hf_efficient.kdfs.images_kdfs import ImageCollator
 
 
 @pytest.fixture
@@ -278,13 +278,13 @@ def test_classes_are_matched_by_their_words(material, tmp_path):
     """The model's second label is the dataset's third folder."""
     from types import SimpleNamespace
 
-    from hf_efficient.kdfs.commands_kdfs import _load_data
+    from hf_efficient.kdfs.images_kdfs import load_images
 
     model, images = material
     config = CifarResNetConfig(depth=8, id2label={0: "a", 1: "c", 2: "b"})
     settings = dict.fromkeys(("eval_split", "image_column", "label_column"))
     arguments = SimpleNamespace(dataset=str(images), train_split="train", **settings)
-    train, _ = _load_data(arguments, ViTImageProcessor.from_pretrained(model), config)
+    train, _ = load_images(arguments, ViTImageProcessor.from_pretrained(model), config)
     assert train.features["label"].names == ["a", "b", "c"]
     assert [train[index]["labels"] for index in (0, 6, 12)] == [0, 2, 1]
 

@@ -1,0 +1,85 @@
+"""What rows and batches must be that a classifier is to be trained on, each fault in one sentence."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def first_image(dataset: Any) -> Tensor:
+    """The first image of a dataset, which must be labelled.
+
+    Args:
+        dataset (`Any`): Yields mappings with `pixel_values` and `labels`.
+
+    Returns:
+        `torch.FloatTensor` of shape `(channels, height, width)`.
+
+    Raises:
+        ValueError: If there is no dataset, its rows lack `pixel_values` or `labels`, or the image is none.
+    """
+    if dataset is None:
+        raise ValueError("`train_dataset` must yield `pixel_values` and `labels`, but is None; hand in a dataset.")
+    if isinstance(dataset, Iterator):
+        raise ValueError(
+            f"`train_dataset` must be read more than once, but a {type(dataset).__name__} is empty after that; make a "
+            "list of it, or an IterableDataset."
+        )
+    row = next(iter(dataset), None)
+    if row is None:
+        raise ValueError("`train_dataset` must have rows, but is empty; hand in a dataset with images.")
+    if not isinstance(row, Mapping):
+        raise ValueError(
+            f"`train_dataset` must yield mappings with `pixel_values` and `labels`, but yields a "
+            f"{type(row).__name__}; wrap it in a dataset that names them."
+        )
+    for name in ("pixel_values", "labels"):
+        if name not in row and not (name == "labels" and "label" in row):  # the default collator renames it
+            raise ValueError(
+                f"`train_dataset` must yield `pixel_values` and `labels`, but its rows hold {sorted(row)}; "
+                f"rename or add the column `{name}`."
+            )
+    image = row["pixel_values"]
+    try:
+        image = torch.as_tensor(image)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"`pixel_values` must be a tensor, but are a {type(image).__name__}; an image processor makes one of a "
+            "picture."
+        ) from error
+    if image.dim() != 3:
+        raise ValueError(
+            f"`pixel_values` of a row must have the axes (channels, height, width), but have the shape "
+            f"{tuple(image.shape)}; take the first of what an image processor returns."
+        )
+    return image
+
+
+@contextmanager
+def batch_is_sound() -> Iterator[None]:
+    """Say what is wrong with a batch that no classifier can be trained on; a GPU reports labels later and otherwise.
+
+    Raises:
+        ValueError: If the cross entropy inside finds a label that is none, or a normalisation has one value alone.
+    """
+    try:
+        yield
+    except (IndexError, RuntimeError, ValueError) as error:
+        reason = str(error)
+        if isinstance(error, IndexError) and "Target" in reason:
+            raise ValueError(
+                f"`labels` must be numbers of the model's classes, but one row is none of them ({reason}); leave it "
+                "out, or take a model that was trained on these classes."
+            ) from error
+        if "target dtype" in reason or "scalar type Long" in reason:
+            raise ValueError(
+                f"`labels` must be whole numbers, one class per image, but are not ({reason}); cast them to integers."
+            ) from error
+        if "more than 1 value per channel" in reason:
+            raise ValueError(
+                "Every batch must have two images or more, since the network normalises maps of one pixel, but one "
+                "has a single image; set `dataloader_drop_last=True`, or another `batch_size`."
+            ) from error
+        raise
