@@ -1,6 +1,6 @@
 """Checks of the settings and networks of a Pix2Pix training, before it starts."""
 
-from numbers import Integral
+from numbers import Integral, Real
 
 import torch
 from torch import nn
@@ -21,7 +21,6 @@ _WHOLE = "both networks have to be whole on every device; `accelerate launch --m
 _LEFT_OUT = {
     "label_smoothing_factor": "images have no classes to smooth",
     "lr_scheduler_kwargs": "the schedule has the one setting `decay_start`",
-    "neftune_noise_alpha": "a generator has no embeddings that take noise",
     "gradient_checkpointing": _NO_RECOMPUTING,
     "activation_checkpointing": _NO_RECOMPUTING,
     "use_liger_kernel": "it has no kernels for these networks",
@@ -55,6 +54,10 @@ def _check_numbers(args: TrainingArguments) -> None:
         value = getattr(args, name)
         if not isinstance(value, Integral) or isinstance(value, bool):
             raise ValueError(f"`{name}` must be a whole number, got {value!r}.")
+    for name in ("lambda_l1", "learning_rate", "discriminator_learning_rate", "decay_start", "ema_decay"):
+        value = getattr(args, name)
+        if not isinstance(value, Real) and not (name == "discriminator_learning_rate" and value is None):
+            raise ValueError(f"`{name}` must be a number, got {value!r}.")
     for name in ("lambda_l1", "pool_size", "preview_steps", "learning_rate", "discriminator_learning_rate"):
         value = getattr(args, name)
         if value is not None and not value >= 0:  # also NaN
@@ -74,6 +77,8 @@ def _refuse_what_fits_no_pair(args: TrainingArguments) -> None:
             f"linearly from `decay_start` on; got {args.lr_scheduler_type!s} and {args.warmup_steps}."
         )
     reasons = {name: why for name, why in _LEFT_OUT.items() if getattr(args, name)}
+    if args.neftune_noise_alpha is not None:  # 0 looks for embeddings as well
+        reasons["neftune_noise_alpha"] = "a generator has no embeddings that take noise"
     if args.label_names is not None and list(args.label_names) != ["labels"]:
         reasons["label_names"] = "the wanted images are those under `labels`"
     if args.train_sampling_strategy not in ("random", "sequential"):

@@ -140,9 +140,8 @@ class Pix2PixTrainer(PushesNoPickles, Trainer):
         if kwargs.get("compute_metrics") is None:
             kwargs["compute_metrics"] = ImageMetrics()
         super().__init__(model=model, args=args, **kwargs)
-        if (
-            self.is_deepspeed_enabled or self.is_fsdp_enabled
-        ):  # by the settings of accelerate, which are in no argument
+        # by the settings of accelerate, which are in no argument
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
             found = "DeepSpeed" if self.is_deepspeed_enabled else "FSDP"
             raise ValueError(
                 f"Both networks must be whole on every device, got {found} from the settings of accelerate: train on "

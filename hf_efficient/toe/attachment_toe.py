@@ -144,9 +144,10 @@ def _refuse_unfit(host: PreTrainedModel) -> None:
     name, model_type = type(host).__name__, host.config.model_type
     if model_type in _REFUSED:
         raise ValueError(f"ToE cannot train {name}: {_REFUSED[model_type]}; use a plain vision transformer.")
-    heads = "MaskedImageModeling", "SemanticSegmentation", "DepthEstimation", "Backbone"
+    heads = "MaskedImageModeling", "SemanticSegmentation", "DepthEstimation"
     hosts = [base.__name__ for base in type(host).__mro__ if base.__module__.startswith("transformers.")]
-    if any(head in base for head in heads for base in hosts):  # a class of one's own may have any name
+    backbone = any("Backbone" in base for base in hosts)  # in the name of a class of one's own it says little
+    if backbone or any(head in base for head in heads for base in (name, *hosts)):
         raise ValueError(
             f"ToE cannot train {name}: its head reads every patch, and merged ones have no row any more; train with a "
             "classification or detection head, or call `TokenExpansion` and `restore_tokens` yourself."
@@ -371,7 +372,7 @@ class ToEAttachment:
         if not self._warned:
             self._warned = True
             logger.warning(
-                "%s trains on all tokens, without ToE, because its encoder is in evaluation mode, in which "
+                "%s ran with gradients on all tokens, without ToE, because its encoder is in evaluation mode, as "
                 "`from_pretrained` returns it; call `.train()` on the model and its encoder before training steps, "
                 "and evaluate under `torch.no_grad()`.",
                 self.site.name,

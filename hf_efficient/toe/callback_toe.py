@@ -209,9 +209,9 @@ class ToECallback(TrainerCallback):
         if self._attachment is not None and self._attachment.passed_over and not self._warned:
             self._warned = True
             logger.warning(
-                "ToE shortens the first forward pass in training mode of every batch, but a step ran more than one "
-                "forward pass, and one that trains saw all tokens; run passes without gradients in evaluation mode, "
-                "join the others in one batch, or train in a loop with `token_expansion`, which shortens all."
+                "ToE shortens only the first forward pass in training mode of every batch, and a later one saw all "
+                "tokens; run passes that need no gradients in evaluation mode, join the others into one batch, or "
+                "train in a loop of your own with `token_expansion`, which shortens every pass in training mode."
             )
         shape = self._attachment.last_shape if self._attachment is not None else None
         if shape is not None:

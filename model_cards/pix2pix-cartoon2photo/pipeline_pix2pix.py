@@ -225,8 +225,11 @@ def _flatten(rows: list[Any]) -> list[Any]:
 
 def _is_single(inputs: Any) -> bool:
     """Whether `inputs` is one image, or nothing that could hold images: reading it says what is wrong."""
-    single = isinstance(inputs, (str, *_BYTES, Path, Image.Image, np.ndarray, torch.Tensor, dict))
-    return single or hasattr(inputs, "read") or not (hasattr(inputs, "__iter__") or hasattr(inputs, "__getitem__"))
+    if isinstance(inputs, (str, *_BYTES, Path, Image.Image, np.ndarray, torch.Tensor, dict)):
+        return True
+    if isinstance(inputs, (Dataset, Sequence)):
+        return False
+    return hasattr(inputs, "read") or not (hasattr(inputs, "__iter__") or hasattr(inputs, "__getitem__"))
 
 
 def _refuse_table(inputs: Any) -> None:

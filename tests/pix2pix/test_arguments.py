@@ -46,6 +46,7 @@ def test_a_checkpoint_in_half_precision_trains_as_the_sentence_says(make, tiny_m
         ("label_smoothing_factor", 0.1, "got 0.1: images have no classes"),
         ("lr_scheduler_kwargs", {"num_cycles": 2}, r"got \{'num_cycles': 2\}: .*`decay_start`"),
         ("neftune_noise_alpha", 5.0, "got 5.0: .*embeddings"),
+        ("neftune_noise_alpha", 0.0, "got 0.0: .*embeddings"),
         ("gradient_checkpointing", True, "got True: .*`gradient_accumulation_steps`"),
         ("activation_checkpointing", True, "got True: .*`gradient_accumulation_steps`"),
         ("use_liger_kernel", True, "got True: .*no kernels"),
@@ -70,6 +71,9 @@ def test_settings_of_trainer_that_fit_no_two_networks_are_refused(make, name, va
     [
         ("learning_rate", -1.0, "at least 0, got -1.0"),
         ("discriminator_learning_rate", float("nan"), "at least 0, got nan"),
+        ("learning_rate", "2e-4", "a number, got '2e-4'"),  # as YAML reads it
+        ("decay_start", "0.5", "a number, got '0.5'"),
+        ("ema_decay", None, "a number, got None"),
         ("pool_size", 2.0, "a whole number, got 2.0"),
         ("preview_steps", 0.5, "a whole number, got 0.5"),
         ("preview_count", True, "a whole number, got True"),

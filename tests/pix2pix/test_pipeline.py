@@ -189,9 +189,26 @@ def test_a_broken_file_does_not_stop_the_batch(pipe, picture_folder, expected, b
         pipe(Path("nowhere.png"))
 
 
-def test_a_broken_file_in_a_stream_is_named_at_its_end(pipe, picture_folder, expected):
+class ReadsItsRows(torch.utils.data.Dataset):
+    """Has a method of the name that files have, but holds several images."""
+
+    def __init__(self, rows):
+        self.rows = list(rows)
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, position):
+        return self.read(position)
+
+    def read(self, position):
+        return self.rows[position]
+
+
+@pytest.mark.parametrize("make_stream", [iter, ReadsItsRows])
+def test_a_broken_file_in_a_stream_is_named_at_its_end(make_stream, pipe, picture_folder, expected):
     paths = [str(path) for path in sorted(picture_folder.iterdir())]
-    stream, seen = pipe(path for path in [paths[0], "nowhere.png", *paths[1:]]), []
+    stream, seen = pipe(make_stream([paths[0], "nowhere.png", *paths[1:]])), []
     with pytest.raises(ImageToImageError, match=r"item 1: nowhere\.png") as caught:
         seen.extend(stream)
     assert seen[1] is None

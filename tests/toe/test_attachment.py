@@ -42,6 +42,7 @@ from transformers import (
     ViTMAEForPreTraining,
     ViTMSNConfig,
     ViTMSNForImageClassification,
+    ViTPreTrainedModel,
     YolosConfig,
     YolosForObjectDetection,
 )
@@ -371,17 +372,23 @@ def swin():
 
 
 class OwnMaskedImageModel(ViTForMaskedImageModeling):
-    """The name of a class of one's own says nothing about its head."""
+    """Has a head that reads every patch, whatever its name."""
 
 
 class BackboneForImageClassification(ViTForImageClassification):
-    """Nor does this one."""
+    """Has a head of transformers that reads one row."""
+
+
+class OwnForSemanticSegmentation(ViTPreTrainedModel):
+    """Has a head of its own, of which the name is all that can be known."""
 
 
 def test_own_subclasses_are_judged_by_what_they_are():
     assert find_encoder(BackboneForImageClassification(ViTConfig(**SHAPE))).num_prefix_tokens == 1
     with pytest.raises(ValueError, match="OwnMaskedImageModel: its head reads every patch"):
         find_encoder(OwnMaskedImageModel(ViTConfig(**SHAPE)))
+    with pytest.raises(ValueError, match="OwnForSemanticSegmentation: its head reads every patch"):
+        find_encoder(OwnForSemanticSegmentation(ViTConfig(**SHAPE)))
 
 
 @pytest.mark.parametrize(
