@@ -85,7 +85,7 @@ def find_encoder(model: nn.Module) -> EncoderSite:
     """
     if not isinstance(model, nn.Module):
         raise ValueError(f"`model` must be a torch module, got {model!r}; load the model first.")
-    hosts = list(_outermost_hosts(model))
+    hosts = list(dict.fromkeys(_outermost_hosts(model)))  # each once, also one that several parts share
     if not hosts:
         raise ValueError(
             f"`model` must hold a vision transformer, but {type(model).__name__} has no encoder layers ToE knows; "

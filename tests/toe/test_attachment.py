@@ -357,6 +357,13 @@ def test_text_encoder_beside_the_tower_does_not_count(name, rows_seen, count_hoo
     assert count_hooks(model) == 0
 
 
+def test_a_tower_in_two_places_is_one(make_vit):
+    """As in a network with two branches of the same weights."""
+    vit = make_vit()
+    branches = [torch.nn.Sequential(vit), torch.nn.Sequential(vit)]
+    assert find_encoder(torch.nn.ModuleList(branches)).layers is vit.vit.layers
+
+
 def make_llava():
     text = LlamaConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, vocab_size=9)
     config = LlavaConfig(vision_config=CLIPVisionConfig(**SHAPE), text_config=text, image_token_index=8)
