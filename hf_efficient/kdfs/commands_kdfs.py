@@ -15,11 +15,12 @@ from typing import Any
 class Prune:
     """Prune the filters of an image classifier and save the smaller network.
 
-    DATASET is a Hub id, a folder of images in one folder per class, a parquet file, or a folder with train.parquet
-    (and test.parquet). The pass takes EPOCHS in all: it learns which filters to drop, then trains the smaller network.
-    The folder OUTPUT gets the checkpoint, kdfs_report.json (filters before and after, multiply-adds, latency,
-    accuracy) and widths.png. A run that was interrupted continues when it is started again with the same arguments;
-    its checkpoints lie in OUTPUT-training, which may be removed once the run is done.
+    DATASET is a Hub id, a folder of images as train/<class>/*.jpg (and test/<class>/*.jpg), a parquet file, a folder
+    with train.parquet (and test.parquet), or one that save_to_disk of datasets wrote. The pass takes EPOCHS in all: it
+    learns which filters to drop, then trains the smaller network. The folder OUTPUT gets the checkpoint,
+    kdfs_report.json (filters before and after, multiply-adds, latency, accuracy) and widths.png. A run that was
+    interrupted continues when it is started again with the same arguments; its checkpoints lie in OUTPUT-training,
+    which may be removed once the run is done.
 
     Examples:
       hf-efficient prune --model user/resnet-18 --dataset ./photos --target-flops-reduction 0.55 --output ./pruned

@@ -516,10 +516,16 @@ def _fingerprint_of(network: nn.Module) -> float:
 
 def _split_steps(trainer: KDFSTrainer, args: TrainingArguments, fine_tune_share: float) -> tuple[int, int]:
     """Optimiser steps of the sampling phase and of fine-tuning."""
+    data = trainer.train_dataset
+    batches = len(trainer.get_train_dataloader()) if args.max_steps <= 0 or hasattr(data, "__len__") else None
+    if batches == 0:
+        raise ValueError(
+            f"`train_dataset` must fill a batch, but has {len(data)} rows and a batch {args.train_batch_size}, and "
+            "`dataloader_drop_last` leaves smaller ones out; set a smaller `batch_size`, or leave that out."
+        )
     if args.max_steps > 0:
         total = args.max_steps
     else:
-        batches = len(trainer.get_train_dataloader())
         per_epoch = math.ceil(batches / args.gradient_accumulation_steps)
         total = max(1, math.ceil(per_epoch * args.num_train_epochs))
     tuning = min(total - 1, round(total * fine_tune_share))

@@ -57,25 +57,51 @@ def first_image(dataset: Any) -> Tensor:
     return image
 
 
+def check_columns(dataset: Any, name: str, remove_unused_columns: bool) -> None:
+    """Refuse a dataset whose images are made of columns that a Trainer takes away before it reads them.
+
+    Args:
+        dataset (`Any`): One of `datasets` with a transform, or any other.
+        name (`str`): The argument that it is.
+        remove_unused_columns (`bool`): Of the training arguments.
+
+    Raises:
+        ValueError: If the columns would be taken away.
+    """
+    if not remove_unused_columns or (getattr(dataset, "format", None) or {}).get("type") != "custom":
+        return
+    if "pixel_values" not in dataset.column_names:
+        raise ValueError(
+            f"`args` must have `remove_unused_columns=False`, since `{name}` makes `pixel_values` of the columns "
+            f"{', '.join(dataset.column_names)} when it is read, which a Trainer takes away before; set it."
+        )
+
+
 @contextmanager
 def batch_is_sound() -> Iterator[None]:
     """Say what is wrong with a batch that no classifier can be trained on; a GPU reports labels later and otherwise.
 
     Raises:
-        ValueError: If the cross entropy inside finds a label that is none, or a normalisation has one value alone.
+        ValueError: If there are no labels, the cross entropy inside finds one that is none, or a normalisation has
+            one value alone.
     """
     try:
         yield
-    except (IndexError, RuntimeError, ValueError) as error:
+    except (LookupError, RuntimeError, ValueError) as error:
         reason = str(error)
+        if isinstance(error, KeyError) and error.args == ("labels",):
+            raise ValueError(
+                "`labels` must be whole numbers, one class per image, but a batch has none; where they are words, a "
+                "collator leaves them out: replace them by the numbers of `config.label2id`."
+            ) from error
         if isinstance(error, IndexError) and "Target" in reason:
             raise ValueError(
                 f"`labels` must be numbers of the model's classes, but one row is none of them ({reason}); leave it "
                 "out, or take a model that was trained on these classes."
             ) from error
-        if "target dtype" in reason or "scalar type Long" in reason:
+        if any(words in reason for words in ("target dtype", "scalar type Long", "multi-target")):
             raise ValueError(
-                f"`labels` must be whole numbers, one class per image, but are not ({reason}); cast them to integers."
+                f"`labels` must be whole numbers, one class per image, but are not ({reason}); make each an int."
             ) from error
         if "more than 1 value per channel" in reason:
             raise ValueError(

@@ -13,7 +13,7 @@ from .importance_kdfs import first_rows, own_random_state, start_from_sensitivit
 from .losses_kdfs import distillation_loss, flops_loss, reconstruction_loss
 from .masking_kdfs import FeatureTaps, KDFSMaskedModel
 from .pushing_kdfs import PushesNoPickles
-from .rows_kdfs import batch_is_sound, first_image
+from .rows_kdfs import batch_is_sound, check_columns, first_image
 from .sampling_kdfs import gumbel_temperature
 from .saving_kdfs import disk_is_named
 from .slicing_kdfs import host_network
@@ -128,8 +128,8 @@ class DistillationTrainer(PushesNoPickles, Trainer):
         kwargs (`Any`): As of [`~transformers.Trainer`], without a loss of your own.
 
     Raises:
-        ValueError: If `label_smoothing_factor` or `compute_loss_func` asks for another loss, or one process sees
-            several GPUs.
+        ValueError: If `label_smoothing_factor` or `compute_loss_func` asks for another loss, one process sees several
+            GPUs, or columns of which a dataset makes its images would be removed.
     """
 
     loss_is_scaled_for_ga = False  # every micro step is a mean over its images: Trainer divides by their number
@@ -144,6 +144,10 @@ class DistillationTrainer(PushesNoPickles, Trainer):
     ) -> None:
         check_arguments(kwargs.get("args", args[1] if len(args) > 1 else None), kwargs.get("compute_loss_func"))
         super().__init__(*args, **kwargs)
+        held_out = self.eval_dataset.values() if isinstance(self.eval_dataset, dict) else (self.eval_dataset,)
+        for name, datasets in (("train_dataset", (self.train_dataset,)), ("eval_dataset", held_out)):
+            for dataset in datasets:
+                check_columns(dataset, name, self.args.remove_unused_columns)
         self.kd_weight, self.kd_temperature = kd_weight, kd_temperature
         self.teacher = None if teacher is None else teacher.to(self.args.device).eval().requires_grad_(False)
         weights = () if teacher is None else teacher.parameters()

@@ -64,6 +64,12 @@ def with_nan_weight():
         (resnet, with_nan, r"diverged while choosing filters: resnet.* lower `learning_rate`, and remove .*training,"),
         (resnet, lambda rows: (row for row in rows), r"read more than once, but a generator is empty after that"),
         (resnet, lambda rows: [{**row, "labels": 1.0} for row in rows], r"`labels` must be whole numbers"),
+        (
+            resnet,
+            lambda rows: [{**row, "labels": [1]} for row in rows],
+            r"one class per image, but are not \(0D or 1D",
+        ),
+        (resnet, lambda rows: [{**row, "labels": "a"} for row in rows], r"a batch has none; where they are words"),
     ],
 )
 def test_no_wrong_result_in_silence(arguments, toy_data, tmp_path, model, rows, message):
@@ -73,6 +79,29 @@ def test_no_wrong_result_in_silence(arguments, toy_data, tmp_path, model, rows, 
             tmp_path / "out", CONFIG, rows(data) if rows else data, args=arguments(max_steps=8)
         )
     assert not (tmp_path / "out").exists()
+
+
+def test_columns_of_which_images_are_made_are_needed(arguments, toy_data, tmp_path):
+    from datasets import Dataset
+
+    def prepare(rows):
+        return {"pixel_values": [torch.tensor(image) for image in rows["image"]], "labels": rows["label"]}
+
+    plain = toy_data(size=32)
+    data = Dataset.from_list([{"image": row["pixel_values"].numpy(), "label": row["labels"]} for row in plain])
+    data.set_transform(prepare)
+    for name, train, held_out in (("train_dataset", data, None), ("eval_dataset", plain, {"one": data})):
+        with pytest.raises(ValueError, match=rf"`remove_unused_columns=False`, since `{name}` makes .* image, label"):
+            KDFSPruner.from_pretrained(resnet()).prune(tmp_path / "out", CONFIG, train, held_out, arguments())
+    args = arguments(remove_unused_columns=False, eval_strategy="steps", eval_steps=2)
+    KDFSPruner.from_pretrained(resnet()).prune(tmp_path / "out", CONFIG, data, {"one": data}, args)
+
+
+@pytest.mark.parametrize("steps", [4, -1])
+def test_a_dataset_that_fills_no_batch_is_refused(arguments, toy_data, tmp_path, steps):
+    args = arguments(max_steps=steps, dataloader_drop_last=True)
+    with pytest.raises(ValueError, match=r"has 4 rows and a batch 8, and `dataloader_drop_last` leaves"):
+        KDFSPruner.from_pretrained(resnet()).prune(tmp_path / "out", CONFIG, toy_data(4, size=32), args=args)
 
 
 def test_one_image_alone_cannot_be_normalised(arguments, toy_data, tmp_path):
