@@ -87,8 +87,16 @@ def make_trainer(tmp_path: Path, images: Images) -> Callable[..., Trainer]:
 
 @pytest.fixture
 def count_hooks() -> Callable[[torch.nn.Module], int]:
-    """Number of forward hooks of any kind in a model."""
-    return lambda model: sum(len(m._forward_pre_hooks) + len(m._forward_hooks) for m in model.modules())
+    """Number of forward hooks of any kind in a model, or of what is still noted of one that is gone."""
+
+    def count(model: torch.nn.Module) -> int:
+        return sum(
+            len({*m._forward_pre_hooks, *m._forward_pre_hooks_with_kwargs})
+            + len({*m._forward_hooks, *m._forward_hooks_always_called})
+            for m in model.modules()
+        )
+
+    return count
 
 
 @pytest.fixture

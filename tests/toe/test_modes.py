@@ -4,7 +4,13 @@ import logging
 
 import pytest
 import torch
-from transformers import TimmWrapperConfig, TimmWrapperForImageClassification, Trainer, ViTForImageClassification
+from transformers import (
+    TimmWrapperConfig,
+    TimmWrapperForImageClassification,
+    Trainer,
+    TrainerCallback,
+    ViTForImageClassification,
+)
 
 from hf_efficient import ToECallback, token_expansion
 
@@ -111,9 +117,24 @@ class LabelsInEvaluationMode(LabelsFirst):
     evaluating = True
 
 
+class MeasuresAfterwards(Trainer):
+    """A pass in training mode behind that of the step, from which nothing is learned."""
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        loss = super().compute_loss(model, inputs)
+        with torch.no_grad():
+            model(inputs["pixel_values"])
+        return loss
+
+
 @pytest.mark.parametrize(
     ("trainer_class", "rows_in_stage_1", "noticed"),
-    [(Twice, [33, 65], 1), (LabelsFirst, [33, 65], 1), (LabelsInEvaluationMode, [33], 0)],
+    [
+        (Twice, [33, 65], 1),
+        (LabelsFirst, [33, 65], 1),
+        (LabelsInEvaluationMode, [33], 0),
+        (MeasuresAfterwards, [33, 65], 0),
+    ],
 )
 def test_a_second_pass_in_a_step_is_noticed(
     trainer_class, rows_in_stage_1, noticed, make_vit, make_trainer, caplog, rows_seen
@@ -132,6 +153,20 @@ def test_a_second_pass_in_a_step_is_noticed(
     trainer.train()
     assert rows == rows_in_stage_1 * 8
     assert len(warnings_in(caplog, "shortens only the first forward pass")) == noticed
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_passes_between_the_steps_are_none_of_a_step(training, make_vit, make_trainer, images, caplog):
+    """A callback may look at the model in either mode, with gradients, as for a picture of what it looks at."""
+
+    class Looks(TrainerCallback):
+        def on_step_end(self, args, state, control, model, **kwargs):
+            model.train(training)
+            model(images.images[:2], labels=images.labels[:2]).loss.backward()
+            model.zero_grad()
+
+    make_trainer(make_vit(), [ToECallback(), Looks()], max_steps=3).train()
+    assert not caplog.records
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
