@@ -81,6 +81,7 @@ def register() -> None:
         import_module(f".{folder}", __name__)
 
 
-# The command answers `--help` without loading torch and registers when it runs something.
-if Path(sys.argv[0] if sys.argv else "").stem != "hf-efficient":
+# These commands answer `--help` without loading torch and register when they run something.
+_program = [Path(word).stem for word in sys.argv[:1]] + sys.argv[1:2]
+if _program[:1] != ["hf-efficient"] and _program != ["optimum-cli", "prune"]:
     register()

@@ -102,7 +102,7 @@ def main(argv: list[str] | None = None) -> int:
     typed: dict[str, str] = {}
 
     def work() -> int:
-        command = _load(chosen) if chosen else None
+        command = load_command(chosen) if chosen else None
         parser, spelling = _build_parser(chosen, command)
         typed.update(spelling)
         return run_command(command, parser.parse_args([_with_dashes(word) for word in argv]), title)
@@ -193,8 +193,15 @@ def _import_package() -> Any:
     return import_module(__package__)
 
 
-def _load(name: str) -> Any:
-    """The class of a subcommand, from its file alone: the folder around it would load torch, also for `--help`."""
+def load_command(name: str) -> Any:
+    """Load a subcommand from its file alone: the folder around it would load torch, also for `--help`.
+
+    Args:
+        name (`str`): As it is typed, such as `prune`.
+
+    Returns:
+        `Any`: Its class.
+    """
     module, attribute, _ = _COMMANDS[name]
     full = f"{__package__}.{module}"
     folder = full.rpartition(".")[0]

@@ -83,7 +83,7 @@ def test_help_of_a_command_has_an_example_that_parses(name, capsys):
     assert examples
     assert "--json FILE" in text
     assert "--quiet" in text
-    parser, _ = cli._build_parser(name, cli._load(name))
+    parser, _ = cli._build_parser(name, cli.load_command(name))
     for example in examples:
         assert parser.parse_args([name, *shlex.split(example)]).command == name
 

@@ -59,7 +59,7 @@ def test_command_is_accepted(command):
     program, *arguments = shlex.split(command)
     if program == "hf-efficient":
         if arguments:
-            parsed = cli._build_parser(arguments[0], cli._load(arguments[0]))[0].parse_args(arguments)
+            parsed = cli._build_parser(arguments[0], cli.load_command(arguments[0]))[0].parse_args(arguments)
             assert parsed.command == arguments[0]
     elif program == "accelerate":
         assert arguments[0] == "launch"

@@ -216,9 +216,10 @@ def _compare_scales(teacher: str, processor: Any, remote: dict[str, Any]) -> Non
         return
     known, seen = _scale(theirs), _scale(processor)
     if known != seen:
+        theirs, ours = (f"with mean and deviation {one}" if one else "not normalised" for one in (known, seen))
         logging.get_logger(__name__).warning(
-            f"--teacher {teacher} was trained on images with mean and deviation {known}, but will see those of the "
-            f"model, with {seen}, so its answers may be poor; train both on images of one image processor."
+            f"--teacher {teacher} was trained on images {theirs}, but will see those of the model, {ours}, so its "
+            "answers may be poor; train both on images of one image processor."
         )
 
 
@@ -229,7 +230,9 @@ def _scale(processor: Any) -> tuple[list[float], list[float]] | None:
         settings = {"mean": processor.image_mean, "std": processor.image_std}
     if not settings or settings.get("mean") is None:
         return None
-    return tuple([round(float(value), 3) for value in settings[name]] for name in ("mean", "std"))
+    scale = (settings[name] for name in ("mean", "std"))  # one number stands for all channels
+    scale = (values if isinstance(values, (list, tuple)) else [values] * 3 for values in scale)
+    return tuple([round(float(value), 3) for value in values] for values in scale)
 
 
 def _training_folder(arguments: argparse.Namespace) -> Path:

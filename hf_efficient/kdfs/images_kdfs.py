@@ -59,8 +59,13 @@ def load_images(arguments: argparse.Namespace, processor: Any, config: Any) -> t
                 f"--dataset {arguments.dataset} must have a column of images and one of labels, but has "
                 f"{', '.join(features)}; name it with {option}."
             )
-    if isinstance(features[image], Image) or _holds_bytes(features[image]):
-        data = data.cast_column(image, Image(decode=False))  # decoded below, where a broken one can be named
+    if not isinstance(features[image], Image) and not _holds_bytes(features[image]):
+        kind = getattr(features[image], "dtype", None) or type(features[image]).__name__.lower()
+        raise ValueError(
+            f"--image-column {image} must hold pictures or the bytes of their files, but holds values of the type "
+            f"{kind}; name another column, or save the dataset with its pictures."
+        )
+    data = data.cast_column(image, Image(decode=False))  # decoded below, where a broken one can be named
     held_out = arguments.eval_split or next((name for name in ("test", "validation", "val") if name in data), None)
     if held_out is not None and held_out not in data:
         raise ValueError(f"--eval-split {held_out} is not in the dataset; it has {', '.join(data)}.")
@@ -76,6 +81,8 @@ def load_images(arguments: argparse.Namespace, processor: Any, config: Any) -> t
         return {"pixel_values": _process(processor, images), "labels": labels}
 
     test = data[held_out].with_transform(prepare) if held_out else None
+    if test:
+        test[0]  # likewise
     return data[arguments.train_split].with_transform(prepare), test
 
 
@@ -89,7 +96,7 @@ def _read(path: Path, arguments: argparse.Namespace) -> Any:
         return DatasetDict({arguments.train_split: load_from_disk(str(path))})
     if path.is_file():
         return load_dataset("parquet", data_files={arguments.train_split: str(path)})
-    if path.is_dir() and any(path.glob("*-of-*.parquet")):  # as the Hub holds them
+    if _holds_shards(path):
         return load_dataset("parquet", data_dir=str(path))
     if path.is_dir() and not _is_image_folder(path):
         return load_dataset("parquet", data_files={file.stem: str(file) for file in sorted(path.glob("*.parquet"))})
@@ -98,8 +105,14 @@ def _read(path: Path, arguments: argparse.Namespace) -> Any:
     return load_dataset(arguments.dataset)
 
 
+def _holds_shards(path: Path) -> bool:
+    """Whether parquet files lie there as the Hub holds them, mostly in a folder such as data."""
+    return path.is_dir() and any((*path.glob("*-of-*.parquet"), *path.glob("*/*-of-*.parquet")))
+
+
 def _is_image_folder(path: Path) -> bool:
-    return path.is_dir() and not any((*path.glob("*.parquet"), *path.glob("*.arrow"), *path.glob("dataset_dict.json")))
+    files = (*path.glob("*.parquet"), *path.glob("*.arrow"), *path.glob("dataset_dict.json"))
+    return path.is_dir() and not files and not _holds_shards(path)
 
 
 def _no_classes(dataset: str) -> str:
@@ -201,6 +214,12 @@ def _label_numbers(arguments: argparse.Namespace, rows: Any, column: str, config
                 f"{missing!r}; prune a model that was trained on these classes."
             )
         return lambda value: words[value]
+    odd = next((value for value in values if not isinstance(value, (int, float)) or value % 1 != 0), None)
+    if odd is not None:  # `int` would make some class of it
+        raise ValueError(
+            f"--dataset {arguments.dataset}, split {rows.split}, has {odd!r} in `{column}`, which is no number of a "
+            "class; name the column of classes with --label-column."
+        )
     _check_range(arguments, rows, values, config.num_labels)
     named = config.id2label.get(0) != "LABEL_0" and not any(name.isdigit() for name in names.values())
     if names and named and len(names) != config.num_labels:

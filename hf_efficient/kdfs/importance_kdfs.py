@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader, IterableDataset, Subset
 from transformers import set_seed
 
 from .masking_kdfs import KDFSMaskedModel
@@ -20,7 +20,7 @@ FARTHEST = 3.0  # standard deviations
 
 
 def first_rows(dataset: Any, count: int, collate: Callable) -> Iterator[dict[str, Any]]:
-    """Collated chunks of rows that lie evenly over a dataset; of one without a length, the first.
+    """Collated chunks of rows that lie evenly over a dataset; of one that is read in its order, the first.
 
     Args:
         dataset (`Any`): A dataset as the Trainer takes it.
@@ -30,7 +30,8 @@ def first_rows(dataset: Any, count: int, collate: Callable) -> Iterator[dict[str
     Yields:
         `dict`: At most `CHUNK` rows.
     """
-    if hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__"):
+    streams = isinstance(dataset, IterableDataset)  # has an empty __getitem__, and often a __len__
+    if not streams and hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__"):
         count = min(count, len(dataset))
         places = [round(place) for place in np.linspace(0, len(dataset) - 1, count)]
         yield from DataLoader(Subset(dataset, places), batch_size=CHUNK, collate_fn=collate)

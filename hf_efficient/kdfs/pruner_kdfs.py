@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel, TrainingArguments
+from transformers.trainer_utils import has_length
 from transformers.utils import logging
 
 from .configuration_kdfs import RULES, KDFSConfig
@@ -22,7 +23,7 @@ from .flops_kdfs import count_flops
 from .masking_kdfs import KDFSMaskedModel
 from .modeling_kdfs_pruned import KDFSPrunedModelForImageClassification
 from .resuming_kdfs import PHASE_WORDS, SAMPLED_NAME, Run, train_to_the_end, write_json
-from .rows_kdfs import first_image
+from .rows_kdfs import first_image, makes_images
 from .saving_kdfs import disk_is_named
 from .slicing_kdfs import check_model, host_network, slice_network, write_back
 from .structure_kdfs import check_convolutions, read_structure
@@ -306,7 +307,7 @@ class KDFSPruner:
                 "the model in float32 (TrainingArguments(bf16=True) trains it in mixed precision), or cast the rows."
             )
         input_shape = tuple(image.shape)
-        args = args or self._default_arguments(save_directory)
+        args = args or self._default_arguments(save_directory, not makes_images(train_dataset))
         if args.push_to_hub:
             logger.warning(
                 "`push_to_hub` of `args` has no effect, since nothing is pushed before the network is sliced; call "
@@ -360,7 +361,7 @@ class KDFSPruner:
         sampler.accelerator.wait_for_everyone()
         return save_directory
 
-    def _default_arguments(self, save_directory: Path) -> TrainingArguments:
+    def _default_arguments(self, save_directory: Path, remove_unused_columns: bool) -> TrainingArguments:
         return TrainingArguments(
             output_dir=f"{os.path.abspath(save_directory)}-training",
             num_train_epochs=20,
@@ -372,6 +373,7 @@ class KDFSPruner:
             save_strategy="epoch",
             save_total_limit=1,
             logging_strategy="epoch",
+            remove_unused_columns=remove_unused_columns,
             report_to="none",
         )
 
@@ -517,7 +519,7 @@ def _fingerprint_of(network: nn.Module) -> float:
 def _split_steps(trainer: KDFSTrainer, args: TrainingArguments, fine_tune_share: float) -> tuple[int, int]:
     """Optimiser steps of the sampling phase and of fine-tuning."""
     data = trainer.train_dataset
-    batches = len(trainer.get_train_dataloader()) if args.max_steps <= 0 or hasattr(data, "__len__") else None
+    batches = len(trainer.get_train_dataloader()) if args.max_steps <= 0 or has_length(data) else None
     if batches == 0:
         raise ValueError(
             f"`train_dataset` must fill a batch, but has {len(data)} rows and a batch {args.train_batch_size}, and "

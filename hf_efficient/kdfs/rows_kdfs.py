@@ -4,8 +4,10 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import datasets
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset
 
 
 def first_image(dataset: Any) -> Tensor:
@@ -22,7 +24,7 @@ def first_image(dataset: Any) -> Tensor:
     """
     if dataset is None:
         raise ValueError("`train_dataset` must yield `pixel_values` and `labels`, but is None; hand in a dataset.")
-    if isinstance(dataset, Iterator):
+    if isinstance(dataset, Iterator) and not isinstance(dataset, Dataset):  # those of torch may start anew
         raise ValueError(
             f"`train_dataset` must be read more than once, but a {type(dataset).__name__} is empty after that; make a "
             "list of it, or an IterableDataset."
@@ -57,6 +59,19 @@ def first_image(dataset: Any) -> Tensor:
     return image
 
 
+def makes_images(dataset: Any) -> bool:
+    """Whether a dataset makes its images of other columns when it is read.
+
+    Args:
+        dataset (`Any`): One of `datasets` with a transform, or any other.
+
+    Returns:
+        `bool`: Then a Trainer must leave its columns alone.
+    """
+    is_table = isinstance(dataset, datasets.Dataset)
+    return is_table and dataset.format["type"] == "custom" and "pixel_values" not in dataset.column_names
+
+
 def check_columns(dataset: Any, name: str, remove_unused_columns: bool) -> None:
     """Refuse a dataset whose images are made of columns that a Trainer takes away before it reads them.
 
@@ -68,9 +83,7 @@ def check_columns(dataset: Any, name: str, remove_unused_columns: bool) -> None:
     Raises:
         ValueError: If the columns would be taken away.
     """
-    if not remove_unused_columns or (getattr(dataset, "format", None) or {}).get("type") != "custom":
-        return
-    if "pixel_values" not in dataset.column_names:
+    if remove_unused_columns and makes_images(dataset):
         raise ValueError(
             f"`args` must have `remove_unused_columns=False`, since `{name}` makes `pixel_values` of the columns "
             f"{', '.join(dataset.column_names)} when it is read, which a Trainer takes away before; set it."
@@ -101,7 +114,8 @@ def batch_is_sound() -> Iterator[None]:
             ) from error
         if any(words in reason for words in ("target dtype", "scalar type Long", "multi-target")):
             raise ValueError(
-                f"`labels` must be whole numbers, one class per image, but are not ({reason}); make each an int."
+                f"`labels` must be whole numbers of the type int64, one class per image, but are not ({reason}); make "
+                "each an int."
             ) from error
         if "more than 1 value per channel" in reason:
             raise ValueError(

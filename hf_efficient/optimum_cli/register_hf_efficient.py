@@ -21,22 +21,21 @@ class KDFSCommand(BaseOptimumCLICommand):
             parser (`ArgumentParser`): Parser of `optimum-cli prune kdfs`.
         """
         if "prune" in sys.argv[1:2]:  # another command must not wait for this package
-            from hf_efficient.cli import add_output_arguments
-            from hf_efficient.kdfs.commands_kdfs import Prune
+            from hf_efficient.cli import add_output_arguments, load_command
 
-            parser.description = inspect.cleandoc(Prune.__doc__)
+            prune = load_command("prune")
+            parser.description = inspect.cleandoc(prune.__doc__)
             parser.formatter_class = RawDescriptionHelpFormatter
-            Prune.add_arguments(parser, method=False)
+            prune.add_arguments(parser, method=False)
             add_output_arguments(parser)
 
     def run(self) -> None:
         """Prune; wrong input ends with one sentence and exit code 2, an interruption with 130."""
-        from hf_efficient.cli import guard, run_command
-        from hf_efficient.kdfs.commands_kdfs import Prune
+        from hf_efficient.cli import guard, load_command, run_command
 
         title = "optimum-cli prune kdfs"
         typed = {name: f"--{name.replace('_', '-')}" for name in vars(self.args)}
-        code = guard(title, typed, lambda: run_command(Prune, self.args, title))
+        code = guard(title, typed, lambda: run_command(load_command("prune"), self.args, title))
         if code:
             sys.exit(code)
 

@@ -406,6 +406,26 @@ def test_optimum_is_interrupted_like_the_own_command(monkeypatch, capsys):
     assert "options beside it override it" in " ".join(parser.format_help().split())
 
 
+def test_help_in_optimum_loads_no_torch():
+    """Neither by its plug-in nor by the package, which registers when something is run."""
+    import importlib.util
+    import subprocess
+
+    if importlib.util.find_spec("optimum.commands") is None:
+        pytest.skip("optimum-cli is not installed")
+    file = Path(__file__).parents[2] / "hf_efficient" / "optimum_cli" / "register_hf_efficient.py"
+    code = f"""
+import argparse, runpy, sys
+sys.argv = ["/usr/bin/optimum-cli", "prune", "kdfs", "--help"]
+parser = argparse.ArgumentParser()
+runpy.run_path({str(file)!r})["KDFSCommand"].parse_args(parser)
+heavy = {{"torch", "datasets", "transformers.modeling_utils"}} & set(sys.modules)
+sys.exit(str(heavy) if heavy or "--json FILE" not in parser.format_help() else 0)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize(
     ("phase", "step", "kept"),
     [

@@ -81,6 +81,54 @@ def test_no_wrong_result_in_silence(arguments, toy_data, tmp_path, model, rows, 
     assert not (tmp_path / "out").exists()
 
 
+class Named(torch.utils.data.Dataset):
+    """`format` is a word of its own here."""
+
+    format = "jpeg"
+
+    def __init__(self, rows):
+        self.rows = rows
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, index):
+        return self.rows[index]
+
+
+class Stream(torch.utils.data.IterableDataset):
+    """With a length."""
+
+    def __init__(self, rows):
+        self.rows = rows
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __iter__(self):
+        return iter(self.rows)
+
+
+class Iterating(Stream):
+    """Its own iterator, which starts anew; its length is not known."""
+
+    def __len__(self):
+        raise TypeError("no length")
+
+    def __iter__(self):
+        self.rest = iter(self.rows)
+        return self
+
+    def __next__(self):
+        return next(self.rest)
+
+
+@pytest.mark.parametrize("kind", [Named, Stream, Iterating])
+def test_datasets_of_one_s_own(arguments, toy_data, tmp_path, kind):
+    pruner = KDFSPruner.from_pretrained(resnet())
+    assert pruner.prune(tmp_path / "out", CONFIG, kind(toy_data(size=32)), args=arguments(max_steps=4)).is_dir()
+
+
 def test_columns_of_which_images_are_made_are_needed(arguments, toy_data, tmp_path):
     from datasets import Dataset
 
@@ -93,6 +141,7 @@ def test_columns_of_which_images_are_made_are_needed(arguments, toy_data, tmp_pa
     for name, train, held_out in (("train_dataset", data, None), ("eval_dataset", plain, {"one": data})):
         with pytest.raises(ValueError, match=rf"`remove_unused_columns=False`, since `{name}` makes .* image, label"):
             KDFSPruner.from_pretrained(resnet()).prune(tmp_path / "out", CONFIG, train, held_out, arguments())
+    KDFSPruner.from_pretrained(resnet()).prune(tmp_path / "out", CONFIG, data)  # without arguments it is set
     args = arguments(remove_unused_columns=False, eval_strategy="steps", eval_steps=2)
     KDFSPruner.from_pretrained(resnet()).prune(tmp_path / "out", CONFIG, data, {"one": data}, args)
 
@@ -258,6 +307,31 @@ def test_pictures_of_16_bits_are_not_cut_to_white(tmp_path, capsys):
     assert "0.png (mode I;16), of which only the darkest 256 levels would stay; save the pictures with 8 bits." in said
 
 
+def test_pictures_to_evaluate_on_are_tried_before_the_training(tmp_path, capsys, monkeypatch):
+    data = write_pictures(tmp_path / "pictures", lambda index: noise(32, 32, 3))
+    noise(32, 32, dtype=np.uint16).save(data / "test" / "a" / "0.png")
+    monkeypatch.delattr(Trainer, "train")
+    assert prune(tmp_path, save_model(tmp_path / "model"), data) == 2
+    assert "0.png (mode I;16), of which only" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("columns", "more", "message"),
+    [
+        ({"label": [0.0, 0.5]}, [], "split train, has 0.5 in `label`, which is no number of a class; name"),
+        ({"label": [0.0, float("nan")]}, [], "has nan in `label`"),
+        ({"label": [0, 1], "photo": ["a.png", "b.png"]}, ["--image-column", "photo"], "but holds values of the type"),
+    ],
+)
+def test_columns_that_hold_something_else_are_refused(tmp_path, capsys, columns, more, message):
+    from datasets import Dataset
+
+    data = Dataset.from_dict({"image": [noise(32, 32, 3)] * 2, **columns})
+    data.to_parquet(tmp_path / "train.parquet")
+    assert prune(tmp_path, save_model(tmp_path / "model"), tmp_path / "train.parquet", *more) == 2
+    assert message in capsys.readouterr().err.strip().splitlines()[-1]
+
+
 @pytest.mark.parametrize("fits", [True, False])
 def test_a_model_for_grey_pictures_gets_them(tmp_path, capsys, fits):
     data = write_pictures(tmp_path / "pictures", lambda index: noise(32, 32))
@@ -277,27 +351,44 @@ def test_pictures_that_stay_of_different_sizes_are_refused_in_words(tmp_path, ca
     assert "makes (3, 32, 32) of one picture and (3, 32, 48) of another; set a `size`" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("kind", ["save_to_disk", "one split", "shards"])
+@pytest.mark.parametrize("kind", ["save_to_disk", "one split", "shards", "clone"])
 def test_datasets_as_libraries_write_them(tmp_path, kind):
     from datasets import load_dataset
 
     pictures = write_pictures(tmp_path / "pictures", lambda index: noise(32, 32, 3))
     data, folder = load_dataset("imagefolder", data_dir=str(pictures)), tmp_path / "data"
     folder.mkdir()
-    if kind == "shards":
+    if kind in ("shards", "clone"):
+        inner = folder / "data" if kind == "clone" else folder
         for split, rows in data.items():
-            rows.to_parquet(folder / f"{split}-00000-of-00001.parquet")
+            rows.to_parquet(inner / f"{split}-00000-of-00001.parquet")
+        (folder / "README.md").write_text("---\nlicense: mit\n---\n")
     else:
         (data if kind == "save_to_disk" else data["train"]).save_to_disk(folder)
     assert prune(tmp_path, save_model(tmp_path / "model"), folder, "--quiet") == 0
 
 
 def test_a_teacher_that_knows_other_colours_is_named(tmp_path, caplog):
+    from hf_efficient.kdfs.commands_kdfs import _compare_scales
+
     data = write_pictures(tmp_path / "pictures", lambda index: noise(32, 32, 3))
     model = save_model(tmp_path / "model")
-    for mean, warned in ((0.5, False), (0.4, True)):
-        processor = ViTImageProcessor(size={"height": 32, "width": 32}, image_mean=[mean] * 3)
-        teacher = save_model(tmp_path / f"teacher{mean}", processor)
+    own = ViTImageProcessor.from_pretrained(model)
+    other = "with mean and deviation ([0.4, 0.4, 0.4], [0.5, 0.5, 0.5])"
+    for index, (settings, warning) in enumerate(
+        (
+            ({"image_mean": [0.5] * 3}, ""),
+            ({"image_mean": 0.5, "image_std": 0.5}, ""),  # for all channels
+            ({"image_mean": [0.4] * 3}, other),
+            ({"do_normalize": False}, "not normalised"),
+        )
+    ):
+        processor = ViTImageProcessor(size={"height": 32, "width": 32}, **settings)
+        teacher = save_model(tmp_path / f"teacher{index}", processor)
         caplog.clear()
-        assert prune(tmp_path, model, data, "--teacher", str(teacher)) == 0
-        assert ("[0.4, 0.4, 0.4], [0.5, 0.5, 0.5]), but will see those of the model" in caplog.text) == warned
+        _compare_scales(str(teacher), own, {})
+        assert ("was trained on images" in caplog.text) == bool(warning)
+        assert f"{warning}, but will see those of the model, with mean" in caplog.text or not warning
+    caplog.clear()
+    assert prune(tmp_path, model, data, "--teacher", str(teacher)) == 0
+    assert "not normalised, but will see" in caplog.text
