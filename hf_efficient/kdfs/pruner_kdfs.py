@@ -191,6 +191,9 @@ class KDFSPruner:
         history (`list[dict]`): Logged losses of both phases.
         report (`dict`): Filters per layer, multiply-adds, parameters, latency before and after.
 
+    Raises:
+        ValueError: If the model is no network, has no filters to prune, or the teacher has other labels.
+
     Example:
     ```python
     pruner = KDFSPruner.from_pretrained("user/resnet")
@@ -201,6 +204,11 @@ class KDFSPruner:
     def __init__(
         self, model: PreTrainedModel, teacher: nn.Module | None = None, processing_class: Any | None = None
     ) -> None:
+        if not isinstance(model, nn.Module):
+            raise ValueError(
+                f"`model` must be an image classifier, but is a {type(model).__name__}; load one by its folder or Hub "
+                "id with `KDFSPruner.from_pretrained`."
+            )
         check_convolutions(model)
         if teacher is not None:
             check_teacher(teacher, model)
@@ -361,7 +369,7 @@ class KDFSPruner:
         sampler.accelerator.wait_for_everyone()
         return save_directory
 
-    def _default_arguments(self, save_directory: Path, remove_unused_columns: bool) -> TrainingArguments:
+    def _default_arguments(self, save_directory: Path, remove_unused_columns: bool = True) -> TrainingArguments:
         return TrainingArguments(
             output_dir=f"{os.path.abspath(save_directory)}-training",
             num_train_epochs=20,

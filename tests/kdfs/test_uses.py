@@ -81,6 +81,11 @@ def test_no_wrong_result_in_silence(arguments, toy_data, tmp_path, model, rows, 
     assert not (tmp_path / "out").exists()
 
 
+def test_a_name_is_no_network():
+    with pytest.raises(ValueError, match=r"classifier, but is a str; load one .* with `KDFSPruner.from_pretrained`"):
+        KDFSPruner("microsoft/resnet-50")
+
+
 class Named(torch.utils.data.Dataset):
     """`format` is a word of its own here."""
 
