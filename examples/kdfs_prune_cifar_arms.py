@@ -43,10 +43,10 @@ class Arm:
 
 
 ARMS = {
-    "dense": Arm("dense", "dense, trained on for the same epochs", 3, reduction=0.0, distil=False),
-    "kdfs": Arm("kdfs", "KDFS -50 %", 3),
-    "torch_pruning": Arm("torch_pruning", "Torch-Pruning (Taylor) -50 %", 3, distil=False),
-    "torch_pruning_kd": Arm("torch_pruning", "Torch-Pruning (Taylor) -50 %, with distillation", 3),
+    "dense": Arm("dense", "dense, trained on for the same epochs", 4, reduction=0.0, distil=False),
+    "kdfs": Arm("kdfs", "KDFS -50 %", 4),
+    "torch_pruning": Arm("torch_pruning", "Torch-Pruning (Taylor) -50 %", 4, distil=False),
+    "torch_pruning_kd": Arm("torch_pruning", "Torch-Pruning (Taylor) -50 %, with distillation", 4),
     "random": Arm("random", "random masks -50 %, same distillation and fine-tuning"),
     "scratch": Arm("scratch", "the KDFS network from scratch", distil=False),
     "kdfs_no_kd": Arm("kdfs", "KDFS -50 %, no distillation", distil=False),
