@@ -247,6 +247,8 @@ def test_pruned_network_beside_the_dense_one():
     assert phase.baseline.macs == 2 * count_flops(dense, (3, 16, 16))
     assert report.kept["filters"][0] == 16 * 3 + 32 * 2 + 64 * 2
     assert report.kept["filters"][1] < report.kept["filters"][0]
+    swapped = efficiency_report(dense, {"pixel_values": torch.randn(1, 3, 16, 16)}, pruned, repeats=1)
+    assert "filters" not in swapped.kept  # the baseline has fewer: it is not what the model was pruned from
     assert "parameters" in report.gains
     assert f"{report.parameters['model'] / report.parameters['baseline']:.2f} of the parameters" in report.verdict
     alone = efficiency_report(pruned, {"pixel_values": torch.randn(1, 3, 16, 16)}, repeats=1)

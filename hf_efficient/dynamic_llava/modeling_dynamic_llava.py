@@ -282,7 +282,7 @@ class DynamicLlavaModel(LlavaModel):
             raise ValueError(
                 f"`past_key_values` must be a SparseCache where sparsity is on, got {type(cache).__name__}: pass the "
                 "cache that the model returned or `SparseCache(model.config)`, or switch sparsity off with "
-                "`vision_keep_rate=1` and `use_output_text_predictor=False`."
+                "`vision_keep_rate=1` and `use_output_text_predictor=False` in `model.config`."
             )
         if cache is not None and cache.sparse_layer != self.config.sparse_layer:
             raise ValueError(

@@ -139,6 +139,8 @@ def run_prune(arguments: argparse.Namespace) -> dict[str, Any]:
     output = Path(arguments.output)
     check_folder(output, "--output")
     check_no_source(output, {"--model": arguments.model, "--teacher": arguments.teacher}, "--output")
+    if os.path.isdir(arguments.dataset) and os.path.realpath(arguments.dataset) == os.path.realpath(output):
+        raise ValueError(f"--output {output} is the folder of --dataset; name another folder.")
     remote = {"trust_remote_code": True} if arguments.trust_remote_code else {}
     for option, name in (("--model", arguments.model), ("--teacher", arguments.teacher)):
         _check_classifier(option, name, remote)

@@ -283,7 +283,7 @@ def _measure_pass(
     phases = [compare("forward pass", "pass", measure(works, rounds, device, "forward pass"), device)]
     convolutions = [[m for m in net.modules() if isinstance(m, nn.Conv2d)] for net in nets.values()]
     filters = [sum(layer.out_channels for layer in layers) for layers in convolutions]
-    return phases, {"filters": filters} if len(filters) == 2 and all(filters) else {}, []
+    return phases, {"filters": filters} if len(filters) == 2 and 0 < filters[1] <= filters[0] else {}, []
 
 
 def _describe(value: Any) -> str:

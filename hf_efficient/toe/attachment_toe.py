@@ -487,6 +487,7 @@ class ExpandedTraining:
     def __init__(self, attachment: ToEAttachment) -> None:
         self._attachment = attachment
         self.set_progress(0)
+        self._told = False
 
     def set_progress(self, progress: float) -> None:
         """Tell how far the training is; the stage follows.
@@ -510,6 +511,7 @@ class ExpandedTraining:
             unit = "epochs of at least 0" if config.counts_epochs else "a share of the training in [0, 1]"
             raise ValueError(f"`progress` must be {unit}, the unit of `stage_starts`, got {progress!r}.")
         self._attachment.arm(config.stage_at(progress), keep=True)
+        self._told = True
 
     @property
     def stage(self) -> int:
@@ -544,8 +546,15 @@ def token_expansion(model: nn.Module, config: ToEConfig | None = None) -> Iterat
     """
     attachment = ToEAttachment(model, TokenExpansion(config)).attach()
     reset_compiler()
+    handle = ExpandedTraining(attachment)
     try:
-        yield ExpandedTraining(attachment)
+        yield handle
+        if not handle._told and attachment.last_shape is not None:
+            logger.warning(
+                "`token_expansion` never heard of the progress, so %s trained on the tokens of the first stage "
+                "throughout, never on all; call `set_progress` before each step.",
+                attachment.site.name,
+            )
     finally:
         attachment.detach()
         reset_compiler()

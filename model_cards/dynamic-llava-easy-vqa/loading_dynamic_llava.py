@@ -27,6 +27,11 @@ WEIGHTS_FILE, SETTINGS_FILE = "predictors.safetensors", "predictors_config.json"
 
 
 def _check_llava(config: Any) -> None:
+    if config.model_type == "dynamic_llava":
+        raise ValueError(
+            "`model` must be a LLaVA-1.5 (`model_type` 'llava'), got 'dynamic_llava', which is sparse already: load "
+            "it with `from_pretrained`, and set its rates in its config."
+        )
     if config.model_type != "llava":
         raise ValueError(
             f"`model` must be a LLaVA-1.5 (`model_type` 'llava'), got {config.model_type!r}: NeXT, OneVision and "

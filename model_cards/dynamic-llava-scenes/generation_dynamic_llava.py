@@ -16,7 +16,8 @@ from .decoder_dynamic_llava import CACHE
 
 # the caches of the innermost running `generate` of this thread; the model itself may serve several at once
 _RUNNING: ContextVar[list | None] = ContextVar("running", default=None)
-REMEDY = "leave it out, or switch sparsity off with `vision_keep_rate=1` and `use_output_text_predictor=False`"
+OFF = "`vision_keep_rate=1` and `use_output_text_predictor=False` in `model.config`"
+REMEDY = f"leave it out, or switch sparsity off with {OFF}"
 
 
 def _count_rows(inputs: torch.Tensor | None, kwargs: dict[str, Any]) -> int | None:
@@ -105,8 +106,7 @@ class SparseGenerationMixin(GenerationMixin):
         if self.model.settings().active:
             raise ValueError(
                 f"`{name}` (continuous batching) needs a paged cache and cannot drop tokens, got a model with "
-                "sparsity on: use `generate`, or switch sparsity off with `vision_keep_rate=1` and "
-                "`use_output_text_predictor=False`."
+                f"sparsity on: use `generate`, or switch sparsity off with {OFF}."
             )
 
     @functools.wraps(LlavaForConditionalGeneration.prepare_inputs_for_generation)

@@ -377,6 +377,8 @@ class TestRefused:
                 setattr(model.generation_config, name, value)
             with pytest.raises(ValueError, match=message):
                 generate(model, make_batch([3, "image", 5]))
+            model.config.vision_keep_rate, model.config.use_output_text_predictor = 1, False  # the remedy
+            generate(model, make_batch([3, "image", 5]))
 
     @pytest.mark.parametrize("case", ["static", "chunked", "foreign"])
     def test_off(self, make_sparse, make_llava, make_batch, case):
@@ -390,7 +392,7 @@ class TestRefused:
         assert torch.equal(got.sequences, expected.sequences)
 
     def test_continuous_batching(self, make_sparse):
-        with pytest.raises(ValueError, match=r"continuous batching.*use `generate`"):
+        with pytest.raises(ValueError, match=r"continuous batching.*use `generate`.* in `model.config`"):
             make_sparse().generate_batch(inputs=[[1, 2, 3]])
         with pytest.raises(ValueError, match=r"`init_continuous_batching`.*use `generate`"):
             make_sparse().init_continuous_batching()

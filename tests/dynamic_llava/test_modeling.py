@@ -325,3 +325,9 @@ def test_opinions_survive_a_round_trip(make_sparse, make_batch, tmp_path):
     for (name, ours), (_, theirs) in zip(model.named_parameters(), again.named_parameters()):
         assert torch.equal(ours, theirs), name
     assert torch.equal(model.generate(**batch, max_new_tokens=6), again.generate(**batch, max_new_tokens=6))
+
+
+def test_a_sparse_checkpoint_is_not_made_sparse_again(make_sparse, tmp_path):
+    make_sparse().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"which is sparse already: load it with `from_pretrained`"):
+        DynamicLlavaForConditionalGeneration.from_llava(str(tmp_path))

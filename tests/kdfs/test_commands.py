@@ -370,6 +370,9 @@ def test_the_model_is_not_overwritten(material, tmp_path, capsys):
     for more in (["--output", str(model)], ["--output", f"{model}/../{model.name}"]):
         assert run(material, tmp_path, *more) == 2
         assert "would overwrite the network" in capsys.readouterr().err.strip().splitlines()[-1]
+    assert run(material, tmp_path, "--output", f"{material[1]}/") == 2
+    assert "is the folder of --dataset; name another" in capsys.readouterr().err.strip().splitlines()[-1]
+    assert not list(material[1].glob("*.safetensors"))
     assert CifarResNetForImageClassification.from_pretrained(model)
 
 

@@ -186,3 +186,16 @@ def test_recomputation_is_not_a_second_pass(host, reentrant, make_vit, make_trai
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
     assert [entry["toe_kept_tokens"] for entry in logs] == [32, 48, 64]
     assert not caplog.records
+
+
+@pytest.mark.parametrize("told", [False, True])
+def test_a_loop_that_never_tells_its_progress_is_noticed(told, make_vit, images, caplog):
+    model = make_vit().train()
+    with token_expansion(model):
+        pass  # nothing was trained
+    with token_expansion(model) as expansion:
+        for _ in range(2):
+            if told:
+                expansion.set_progress(0)
+            model(images.images[:2], labels=images.labels[:2]).loss.backward()
+    assert len(warnings_in(caplog, "call `set_progress` before each step")) == (0 if told else 1)
