@@ -174,7 +174,10 @@ def run_prune(arguments: argparse.Namespace) -> dict[str, Any]:
     collator = ImageCollator(augment=not arguments.no_augment)
     with redirect_stdout(io.StringIO()), _name_file(arguments.config, of_file):  # the Trainer prints its logs
         folder = pruner.prune(output, config, train, args=args, data_collator=collator)
-    missing = "its accuracy, picture or ONNX file may be missing; the same command would prune anew."
+    missing = (
+        "its accuracy, picture or ONNX file may be missing; the same command would prune anew, `export_onnx` of the "
+        "network in Python writes the last."
+    )
     with _when_interrupted(lambda: f"the pruned network is in {folder}, but {missing}"):
         return _describe(arguments, pruner, folder, test)
 

@@ -181,7 +181,10 @@ class Robustness:
             trained_on[name if sign else next(iter(models)) if len(models) == 1 else entry] = method
         unknown = sorted(trained_on.keys() - models.keys())
         if unknown:
-            raise ValueError(f"--trained-on names {unknown[0]!r}, which is none of the models {', '.join(models)}.")
+            raise ValueError(
+                f"--trained-on names {unknown[0]!r}, which is none of the models {', '.join(models)}; of "
+                "several models write NAME=CARTOONIZER."
+            )
         for method in trained_on.values():
             if method not in METHODS:
                 raise ValueError(f"--trained-on must name a cartoonizer ({', '.join(METHODS)}), got {method!r}.")

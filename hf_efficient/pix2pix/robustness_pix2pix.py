@@ -242,6 +242,7 @@ def evaluate_robustness(
         ValueError: If there is no photograph or one is too small or unreadable, a method, severity, column or name in
             `trained_on` is unknown, `limit` or `batch_size` is below 1, or a model changes the size of its input.
         FileNotFoundError: If `dataset` is the path of no folder, or of one without pictures.
+        OSError: If a model that is named does not load.
         ImportError: If torchmetrics, or timm for `features` by file, is missing.
     """
     methods = list(dict.fromkeys((methods,) if isinstance(methods, str) else methods))
@@ -376,7 +377,13 @@ def _make_pipes(model: Any) -> dict[str, ImageToImagePipeline]:
             one.model.eval()  # it may have been trained on since the pipeline was built
             pipes[name] = one
         elif isinstance(one, (str, os.PathLike)):
-            pipes[name] = import_module("transformers").pipeline("image-to-image", model=str(one))
+            try:
+                pipes[name] = import_module("transformers").pipeline("image-to-image", model=str(one))
+            except OSError as error:  # of transformers, which speaks of its server
+                reason = str(error).strip().split("\n")[0].rstrip(".")
+                raise OSError(
+                    f"`model` must be a folder here or a Hub id that loads, got {str(one)!r} ({reason})."
+                ) from error
         elif isinstance(one, Pix2PixModel):
             pipes[name] = ImageToImagePipeline(model=one.eval(), task="image-to-image", device=one.device)
         else:

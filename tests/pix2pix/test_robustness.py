@@ -410,3 +410,8 @@ def test_a_figure_that_is_no_number_is_none_in_the_json(tiny_model, picture, tmp
     data = json.loads((tmp_path / "robustness.json").read_text(), parse_constant=refuse)
     assert data["rows"][0]["peak"] is None
     assert str(report).splitlines()[1].split()[-1] == "undefined"
+
+
+def test_a_model_that_does_not_load_is_named(photos):
+    with pytest.raises(OSError, match=r"`model` must be a folder here or a Hub id that loads, got 'nope/none' \("):
+        evaluate_robustness("nope/none", photos)
