@@ -49,10 +49,10 @@ def choices_table(folder: Path, main: list[dict]) -> list[dict[str, Any]]:
 USAGE = """from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
-name = "{name}"
+name = "{name}"  # this repository: its name on the Hub or a local copy
 processor = AutoImageProcessor.from_pretrained(name)
 model = AutoModelForImageClassification.from_pretrained(name, dtype="float32")  # stored in half precision
-image = Image.open("picture.png").convert("RGB")
+image = Image.open("picture.png").convert("RGB")  # one of yours
 logits = model(**processor(images=image, return_tensors="pt")).logits
 print(model.config.id2label[logits.argmax(-1).item()])"""
 

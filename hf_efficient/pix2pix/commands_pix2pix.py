@@ -449,6 +449,8 @@ def _load_photos(data: Path, column: str, failed: list[dict[str, str]]) -> Any:
         table = table.select_columns([column]).cast_column(column, datasets.Image())
         names = [f"{data}, row {row}" for row in range(len(table))]
         readers = [partial(_read_row, table, row, column) for row in range(len(table))]
+    elif column != "image":
+        raise ValueError(f"--column {column} is for a parquet file, but DATA {data} is none: leave it out.")
     else:
         files, skipped = _find_pictures(data, "DATA")
         _say_skipped(data, skipped)

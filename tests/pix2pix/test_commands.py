@@ -319,6 +319,7 @@ def test_wrong_input_gets_one_sentence_and_exit_code_2(tmp_path, picture_folder,
         (["translate", str(tmp_path / "empty"), str(picture_folder), str(tmp_path / "out")], "empty"),
         (["robustness", checkpoint], "DATA is missing"),
         (["robustness", checkpoint, "--data", str(picture_folder), "--trained-on", "x=palette"], "'x'"),
+        (["robustness", checkpoint, str(picture_folder), "--column", "photo"], "--column photo is for a parquet file"),
         (["robustness", checkpoint, str(picture_folder), "--methods", "sketch"], "got ['sketch']"),
         (["convert-pix2pix", "nowhere.pth", str(tmp_path / "out")], "nowhere.pth"),
     ]
