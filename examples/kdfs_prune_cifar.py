@@ -9,7 +9,7 @@ DATA holds train.parquet and test.parquet (columns `image`, `label`), WEIGHTS th
 `resnet20_jpeg.safetensors` (87.9 % on the test images) and `resnet56_jpeg.safetensors` (89.1 %): the networks of
 pytorch_resnet_cifar10 after two more epochs on these images, which are JPEG-compressed, or others in that layout. Every run has 20 epochs in all (ResNet-56: 10) and takes 0.5 to 1.2 hours on a core with
 AVX-512, four times as long on a slow one without, a third less with `--bf16` where the CPU multiplies bfloat16; all of
-them are 17 core-hours there (12), which `--estimate` measures on the machine at hand in a minute. Start the same command once per core: a process takes the next run that no other has.
+them are 15 core-hours there (11), which `--estimate` measures on the machine at hand in a minute. Start the same command once per core: a process takes the next run that no other has.
 Without `--final` a run trains on the first 45,000 rows and is judged on the last 5,000 (which the given weights have
 seen: good for choosing recipes, not for quoting). With it, it trains on all rows and is judged on the 10,000 test
 images.
